@@ -1,0 +1,61 @@
+# make demo     the operations on real data, on a GPU
+# make test     every test that this machine can run
+# make lint     ruff, clang-format and mypy; changes nothing
+# make format   what of that can be mended
+# make bench    one line a case, on a GPU
+#
+# The first of them makes a virtual environment and installs the project into it.  Settings:
+#   CUDA=13      CUDA 12 or 13, as the driver has it (no GPU is needed to install or to test)
+#   PYTHON=…     the interpreter that makes the environment
+#   VENV=.venv   where it is.  `VENV=` (empty): none, use PYTHON as it is and install nothing; for a
+#                machine that holds the packages already and reaches no registry:
+#                    make test PYTHON=python3 VENV=
+#   JOBS=2       processes for the tests
+#   ARGS=…       passed on, e.g. make test ARGS="-k causal", make bench ARGS=--help
+
+CUDA ?= 13
+PYTHON ?= python3
+VENV ?= .venv
+JOBS ?= 2
+ARGS ?=
+
+EXTRAS := cuda$(CUDA),test,plot
+
+ifeq ($(strip $(VENV)),)
+  READY :=
+  RUN := $(PYTHON)
+  BIN := $(if $(findstring /,$(PYTHON)),$(dir $(PYTHON)))
+else
+  READY := $(VENV)/installed-cuda$(CUDA)
+  RUN := $(VENV)/bin/python
+  BIN := $(VENV)/bin/
+endif
+
+CUDA_FILES = $(shell find kernels -name '*.cu' -o -name '*.cuh')
+
+.PHONY: demo test lint format bench
+
+demo: $(READY)
+	$(RUN) -m cuattn demo $(ARGS)
+
+test: $(READY)
+	$(RUN) -m pytest -n $(JOBS) $(ARGS)
+
+lint: $(READY)
+	$(BIN)ruff check .
+	$(BIN)ruff format --check .
+	$(if $(CUDA_FILES),$(BIN)clang-format --dry-run -Werror $(CUDA_FILES))
+	$(RUN) -m mypy
+
+format: $(READY)
+	$(BIN)ruff check --fix .
+	$(BIN)ruff format .
+	$(if $(CUDA_FILES),$(BIN)clang-format -i $(CUDA_FILES))
+
+bench: $(READY)
+	$(RUN) -m cuattn bench $(ARGS)
+
+$(VENV)/installed-cuda$(CUDA): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --editable '.[$(EXTRAS)]'
+	touch $@

@@ -1,0 +1,1 @@
+"""Measurements on a GPU, one line a case: `python -m benchmarks --help`."""

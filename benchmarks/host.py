@@ -1,0 +1,93 @@
+"""Host time of one call in steady state: what Python adds before the kernel is queued."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+from cuattn._workloads import Inputs, Size, iid
+
+from . import peers
+from .report import Options, Row, say
+
+CALLS, BATCHES = 400, 5
+TINY = Size(1, 16, 1, 1, 64, 64)  # the kernel is shorter than the call, so the queue stays empty
+
+
+def run(options: Options) -> list[Row]:
+    """Time every way to call asked for, and the steps of which one consists."""
+    import cupy
+
+    inputs = iid(TINY, xp=cupy)
+    rows = []
+    for name, call in (_calls(inputs) | _steps(inputs)).items():
+        if options.wants(name, tuple(_calls(inputs))):
+            microseconds = host_us(call, cupy.cuda.runtime.deviceSynchronize)
+            impl = name.split(":")[0]
+            rows.append(Row("host", name, impl, ms=1e-3 * microseconds))
+            say(f"{name:40}{microseconds:9.2f} µs a call")
+    return rows
+
+
+def host_us(call: Callable[[], object], synchronize: Callable[[], object]) -> float:
+    """Median microseconds a call, the device not waited for."""
+    for _ in range(20):
+        call()
+    times = []
+    for _ in range(BATCHES):
+        synchronize()
+        start = perf_counter()
+        for _ in range(CALLS):
+            call()
+        times.append(perf_counter() - start)
+    synchronize()
+    return 1e6 * median(times) / CALLS
+
+
+def _calls(inputs: Inputs) -> dict[str, Callable[[], object]]:
+    import cupy
+
+    import cuattn
+
+    prefill = cuattn.prefill
+    out = cupy.empty(inputs.q.shape, dtype=inputs.q.dtype)
+    lse = cupy.empty(inputs.q.shape[:3], dtype=cupy.float32)
+    skip = cuattn.SkipSoftmax(threshold=0.01)
+    counted = cuattn.SkipSoftmax(threshold=0.01, stats=cuattn.SkipStats())
+    calls: dict[str, Callable[[], object]] = {
+        "cuattn: cupy": lambda: prefill(*inputs, causal=True),
+        "cuattn: cupy, out=": lambda: prefill(*inputs, causal=True, out=out),
+        "cuattn: cupy, return_lse": lambda: prefill(*inputs, causal=True, return_lse=True),
+        "cuattn: cupy, out=, lse=": lambda: prefill(*inputs, causal=True, out=out, lse=lse),
+        "cuattn: cupy, skip": lambda: prefill(*inputs, causal=True, skip_softmax=skip),
+        "cuattn: cupy, skip, stats": lambda: prefill(*inputs, causal=True, skip_softmax=counted),
+    }
+    if "torch_fa2" in peers.available(flashinfer=False):
+        tensors = peers.tensors(inputs)
+        place = tensors[0].clone()
+        calls["cuattn: torch"] = lambda: prefill(*tensors, causal=True)
+        calls["cuattn: torch, out="] = lambda: prefill(*tensors, causal=True, out=place)
+        calls["cuattn: torch, return_lse"] = lambda: prefill(*tensors, causal=True, return_lse=True)
+        sdpa = peers.available(flashinfer=False)["torch_fa2"](inputs, True)
+        calls["torch_fa2: the same shape"] = sdpa
+    return calls
+
+
+def _steps(inputs: Inputs) -> dict[str, Callable[[], object]]:
+    """Parts of a call that can be run alone; the rest is look-ups, packing and the launch."""
+    import cupy
+
+    from cuattn import _ingest
+
+    kernel = cupy.RawKernel('extern "C" __global__ void nothing() {}', "nothing")
+    steps: dict[str, Callable[[], object]] = {
+        "step: view of a cupy array": lambda: _ingest.view(inputs.q, "q"),
+        "step: cupy.empty of the output": lambda: cupy.empty(inputs.q.shape, inputs.q.dtype),
+        "step: launch of an empty RawKernel": lambda: kernel((1,), (32,), ()),
+    }
+    if "torch_fa2" in peers.available(flashinfer=False):
+        tensor: Any = peers.tensors(inputs)[0]
+        steps["step: view of a torch tensor"] = lambda: _ingest.view(tensor, "q")
+    return steps

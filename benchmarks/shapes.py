@@ -1,0 +1,83 @@
+"""The shapes that are measured, and figures measured elsewhere to compare with.
+
+The figures are from one NVIDIA H200; machines differ by 2.5 %, so a ratio to a peer of the same run
+says more than one to a figure here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cuattn._workloads import Size
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """One prefill case; `best` is the fastest kernel known, TFLOP/s on an H200."""
+
+    name: str
+    size: Size
+    causal: bool
+    best: float
+
+    def __str__(self) -> str:
+        return f"{self.size} {'causal' if self.causal else 'full'}"
+
+
+PREFILL = (
+    Shape("mha_d128_full_1k", Size(16, 1024, 16, 16), False, 612),
+    Shape("mha_d128_causal_1k", Size(16, 1024, 16, 16), True, 490),
+    Shape("mha_d128_full_16k", Size(1, 16384, 16, 16), False, 695),
+    Shape("mha_d128_causal_16k", Size(1, 16384, 16, 16), True, 752),
+    Shape("mha_d128_causal_4k", Size(4, 4096, 16, 16), True, 692),
+    Shape("gqa_64_8_causal_8k", Size(1, 8192, 64, 8), True, 744),
+    Shape("gqa_32_8_causal_32k", Size(1, 32768, 32, 8), True, 665),
+    Shape("ds_192_128_causal_4k", Size(1, 4096, 128, 128, 192, 128), True, 709),
+    Shape("ds_192_128_causal_16k", Size(1, 16384, 16, 16, 192, 128), True, 773),
+    Shape("mha_d64_causal_16k", Size(1, 16384, 32, 32, 64, 64), True, 566),
+)
+QUICK_PREFILL = ("mha_d128_full_16k", "mha_d128_causal_16k", "gqa_64_8_causal_8k")
+
+
+@dataclass(frozen=True, slots=True)
+class Sweep:
+    """One skip-softmax case: a workload and thresholds; `others` maps λ to another kernel's ms."""
+
+    name: str
+    workload: str  # "w0" | "w1" | "w1_sink"
+    size: Size
+    causal: bool
+    thresholds: tuple[float, ...]
+    others: tuple[float, ...] = ()  # dense first, then one per threshold from 1e-30 on
+
+    def other_ms(self, threshold: float | None) -> float | None:
+        """The other kernel's time at this threshold, None for its dense kernel."""
+        known = (None, *self.thresholds[1:])
+        if not self.others or threshold not in known:
+            return None
+        return self.others[known.index(threshold)]
+
+    def __str__(self) -> str:
+        return f"{self.size} {'causal' if self.causal else 'full'}"
+
+
+# 0 and 1e-30 skip nothing and must equal the dense kernel; the others are the published sweep.
+W0 = (0.0, 1e-30, 0.5, 0.7, 0.8, 1.0, 1.2, 1.5, 2.0, 5.0)
+W1 = (0.0, 1e-3, 1e-2, 3e-2, 0.1, 0.3)
+LONG, MIDDLE = Size(1, 65536, 64, 4), Size(1, 16384, 64, 4)
+
+# FlashInfer 0.7.2 `trtllm_fmha_v2_prefill`, ms: dense, then W0[1:].
+FMHA_V2 = "fmha_v2"
+FULL_64K = (247.9, 270.6, 265.0, 228.7, 209.2, 179.4, 163.4, 152.9, 145.4, 135.7)
+CAUSAL_64K = (123.8, 135.9, 132.5, 121.3, 112.5, 97.7, 88.6, 81.6, 76.4, 69.2)
+
+SKIP = (
+    Sweep("w0_16k_full", "w0", MIDDLE, False, W0),
+    Sweep("w0_16k_causal", "w0", MIDDLE, True, W0),
+    Sweep("w1_16k_causal", "w1", MIDDLE, True, W1),
+    Sweep("w1_sink_16k_causal", "w1_sink", MIDDLE, True, W1),
+    Sweep("w1_64k_causal", "w1", LONG, True, W1),
+    Sweep("w0_64k_causal", "w0", LONG, True, W0, CAUSAL_64K),
+    Sweep("w0_64k_full", "w0", LONG, False, W0, FULL_64K),
+)
+QUICK_SKIP = ("w0_16k_full", "w1_16k_causal")

@@ -1,0 +1,583 @@
+"""Views and options → `Problem`, or one clear error.  Every error a caller can make is raised here.
+
+`batched`, `ragged` and `paged` depend on shapes, strides, dtypes, device ordinals, options and on
+`pointer % 16`, and on nothing else: a caller that has all of these in a key may keep the `Problem`.
+What depends on whole pointers is `check_overlap`.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import lru_cache
+from numbers import Real
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ._records import Layout, Problem, SkipMode, View
+
+INPUT_DTYPES = ("bfloat16", "float16")
+OUTPUT_DTYPES = ("bfloat16", "float16", "float32")
+LAYOUTS = ("HND", "NHD")
+MAX_HEAD_DIM = 256
+ALIGNMENT = 16  # bytes; one vector load
+INT32_LIMIT = 2**31  # the kernels' counts, and the blocks of a grid along x
+SMALLEST_BLOCK_Q = 16  # no kernel gives a block fewer query rows
+ITEMSIZE = {"bfloat16": 2, "float16": 2, "float32": 4, "int32": 4}
+
+_LARGEST = float(np.finfo(np.float32).max)
+_SMALLEST = float(np.finfo(np.float32).smallest_normal)
+_MOST_STEPS = 20_000
+
+
+class Options(NamedTuple):
+    """The keyword arguments of one call: arrays as views, the rest as it came."""
+
+    causal: Any = False
+    window_left: Any = -1
+    scale: Any = None  # None, a number or a view
+    out_scale: Any = None  # None, a number or a view
+    soft_cap: Any = 0.0
+    sinks: View | None = None
+    skip: SkipMode | None = None
+    thresholds: View | None = None
+    out: View | None = None
+    lse: View | None = None
+    out_dtype: Any = None
+
+
+# --- the three forms -----------------------------------------------------------------------------
+
+
+def batched(q: View, k: View, v: View, options: Options) -> Problem:
+    """Check q ``[batch, seq, heads, d]`` against k and v of the same form."""
+    _inputs(q, k, v, rank=4, wanted="[batch, seq, heads, head_dim]")
+    for name, view in (("k", k), ("v", v)):
+        if view.shape[0] != q.shape[0]:
+            raise ValueError(f"{name} has batch {view.shape[0]}; wanted q's {q.shape[0]}")
+    _same("tokens", k, v, 1)
+    return _problem("batched", q, k, v, options, _Sizes(q.shape[0], q.shape[1], k.shape[1]))
+
+
+def ragged(
+    q: View, k: View, v: View, cu_seqlens_q: View, cu_seqlens_kv: View, options: Options
+) -> Problem:
+    """Check q ``[tokens, heads, d]`` against k and v of the same form and two prefix sums."""
+    _inputs(q, k, v, rank=3, wanted="[tokens, heads, head_dim]")
+    _same("tokens", k, v, 0)
+    batch = _prefix_sums("cu_seqlens_q", cu_seqlens_q, q)
+    batch_kv = _prefix_sums("cu_seqlens_kv", cu_seqlens_kv, q)
+    if batch != batch_kv:
+        raise ValueError(
+            f"cu_seqlens_kv has {batch_kv + 1} elements; wanted cu_seqlens_q's {batch + 1}"
+        )
+    return _problem("ragged", q, k, v, options, _Sizes(batch, q.shape[0], k.shape[0]))
+
+
+def paged(
+    q: View,
+    k_cache: View,
+    v_cache: View,
+    block_tables: View,
+    seq_lens: View,
+    cu_seqlens_q: View,
+    layout: str,
+    options: Options,
+) -> Problem:
+    """Check q ``[tokens, heads, d]`` against two 4-D caches in the caller's layout and a table."""
+    k, v = page_views(k_cache, v_cache, layout)
+    _inputs(q, k, v, rank=3, wanted="[tokens, heads, head_dim]", cache=True)
+    _same("pages", k, v, 0, cache=True)
+    _same("tokens a page", k, v, 2, cache=True)
+    page_size = k.shape[2]
+    if page_size < 8 or page_size & (page_size - 1):
+        raise ValueError(
+            f"kv_cache has a page size of {page_size} in layout {layout!r}; wanted a power of two "
+            "≥ 8"
+        )
+    _index_array("block_tables", block_tables, q, rank=2, wanted="[batch, max_pages]")
+    _strides("block_tables", block_tables, aligned=False)
+    batch, max_pages = block_tables.shape
+    _lengths(seq_lens, q, batch)
+    batch_q = _prefix_sums("cu_seqlens_q", cu_seqlens_q, q)
+    if batch_q != batch:
+        raise ValueError(
+            f"cu_seqlens_q has {batch_q + 1} elements; wanted {batch + 1}, one more than "
+            "block_tables has rows"
+        )
+    sizes = _Sizes(batch, q.shape[0], max_pages * page_size, page_size)
+    return _problem("paged", q, k, v, options, sizes)
+
+
+class _Sizes(NamedTuple):
+    """Those fields of a Problem that every form reads from another place."""
+
+    batch: int
+    q_len: int
+    kv_len: int
+    page_size: int = 0
+
+
+def _problem(form: str, q: View, k: View, v: View, options: Options, sizes: _Sizes) -> Problem:
+    """Check what the three forms share, and make the record."""
+    q_heads, head_dim = q.shape[-2:]
+    batch, q_len, kv_len, page_size = sizes
+    head_axis = 1 if page_size else -2
+    kv_heads, head_dim_v = k.shape[head_axis], v.shape[-1]
+    k_name, v_name = _cache_names(bool(page_size))
+    _same("heads", k, v, head_axis, cache=bool(page_size))
+    if q_heads == 0 or kv_heads == 0 or q_heads % kv_heads:
+        raise ValueError(
+            f"{k_name} has {kv_heads} heads, which does not divide q's {q_heads}; wanted q's heads "
+            "to be a multiple of it"
+        )
+    if k.shape[-1] != head_dim:
+        raise ValueError(f"{k_name} has head_dim {k.shape[-1]}; wanted q's {head_dim}")
+    for name, dim in (("q", head_dim), (v_name, head_dim_v)):
+        if not 0 < dim <= MAX_HEAD_DIM or dim % 8:
+            raise ValueError(
+                f"{name} has head_dim {dim}; wanted a multiple of 8 from 8 to {MAX_HEAD_DIM}"
+            )
+    counts = {"batch": batch, "query heads": q_heads, "query tokens": q_len, "key tokens": kv_len}
+    for what, size in {**counts, "pages": k.shape[0] if page_size else 0}.items():
+        if size >= INT32_LIMIT:
+            raise ValueError(f"the call has {size} {what}; wanted fewer than 2^31")
+    tiles = q_len // SMALLEST_BLOCK_Q + 1
+    blocks = q_heads * (batch * tiles if form == "batched" else batch + tiles)
+    if blocks >= INT32_LIMIT:
+        raise ValueError(
+            f"q needs {blocks} blocks of {SMALLEST_BLOCK_Q} query rows; wanted fewer than 2^31, "
+            "so split the batch"
+        )
+    out_dtype = dtype_name(options.out_dtype) or q.dtype
+    out_shape = (*q.shape[:-1], head_dim_v)
+    _outputs(options, q, out_dtype, out_shape)
+    if options.sinks is not None:
+        _float_array("sinks", options.sinks, q, (q_heads,), "[q heads]")
+    _number("scale", options.scale, q, positive=True)
+    _number("out_scale", options.out_scale, q)
+    return Problem(
+        form=form,
+        q=Layout(*q[1:4]),
+        k=Layout(*k[1:4]),
+        v=Layout(*v[1:4]),
+        q_heads=q_heads,
+        kv_heads=kv_heads,
+        head_dim_qk=head_dim,
+        head_dim_v=head_dim_v,
+        **sizes._asdict(),
+        causal=flag("causal", options.causal),
+        window_left=_window(options.window_left, kv_len),
+        soft_cap=_soft_cap(options.soft_cap),
+        skip=_skip(options, q, batch, q_heads),
+        out_dtype=out_dtype,
+        out_shape=out_shape,
+        lse_shape=q.shape[:-1],
+    )
+
+
+# --- paged caches --------------------------------------------------------------------------------
+
+
+def cache_parts(kv_cache: Any) -> tuple[Any, ...]:
+    """Return (k, v) of a pair of arrays, (array,) of one array; nothing is ingested yet."""
+    if not isinstance(kv_cache, (tuple, list)):
+        return (kv_cache,)
+    if len(kv_cache) != 2:
+        raise TypeError(
+            f"kv_cache is a {type(kv_cache).__name__} of {len(kv_cache)}; wanted a pair (k, v) of "
+            "4-D arrays or one array [pages, 2, …]"
+        )
+    return tuple(kv_cache)
+
+
+def split_cache(cache: View) -> tuple[View, View]:
+    """Return the k and v halves of one ``[pages, 2, …]`` cache, in the caller's layout."""
+    pointer, shape, strides, dtype, *rest = cache
+    if len(shape) != 5 or shape[1] != 2:
+        raise ValueError(
+            f"kv_cache has shape {shape}; wanted 5 axes [pages, 2, …], or a pair of 4-D arrays"
+        )
+    half = (shape[:1] + shape[2:], strides[:1] + strides[2:], dtype, *rest)
+    step = strides[1] * ITEMSIZE.get(dtype, 1)
+    # NOTE: called every time; `_replace` would cost 3 µs more.
+    return tuple.__new__(View, (pointer, *half)), tuple.__new__(View, (pointer + step, *half))
+
+
+def page_views(k: View, v: View, layout: str) -> tuple[View, View]:
+    """Return two 4-D caches as [pages, heads, page_size, dim], whatever the caller's layout."""
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout is {layout!r}; wanted 'HND' or 'NHD'")
+    for name, view in (("k", k), ("v", v)):
+        if len(view.shape) != 4:
+            raise ValueError(
+                f"kv_cache ({name}) has shape {view.shape}; wanted 4 axes, or one array "
+                "[pages, 2, …] of 5"
+            )
+    return (k, v) if layout == "HND" else (_heads_first(k), _heads_first(v))
+
+
+def _heads_first(view: View) -> View:
+    (pages, tokens, heads, dim), strides = view.shape, view.strides
+    return view._replace(
+        shape=(pages, heads, tokens, dim), strides=(strides[0], strides[2], strides[1], strides[3])
+    )
+
+
+def _cache_names(cache: bool) -> tuple[str, str]:
+    return ("kv_cache (k)", "kv_cache (v)") if cache else ("k", "v")
+
+
+# --- arrays --------------------------------------------------------------------------------------
+
+
+def _inputs(q: View, k: View, v: View, *, rank: int, wanted: str, cache: bool = False) -> None:
+    """Check dtype, rank, device, strides and alignment of q, k and v."""
+    k_name, v_name = _cache_names(cache)
+    if len(q.shape) != rank:
+        raise ValueError(f"q has shape {q.shape}; wanted {rank} axes {wanted}")
+    for name, view in ((k_name, k), (v_name, v)):
+        if not cache and len(view.shape) != rank:
+            raise ValueError(f"{name} has shape {view.shape}; wanted {rank} axes {wanted}")
+    for name, view in (("q", q), (k_name, k), (v_name, v)):
+        if view.dtype.startswith("float8"):
+            raise TypeError(
+                f"{name} is {view.dtype}, not supported by prefill yet; wanted "
+                f"{' or '.join(INPUT_DTYPES)}"
+            )
+        if view.dtype not in INPUT_DTYPES:
+            raise TypeError(f"{name} is {view.dtype}; wanted {' or '.join(INPUT_DTYPES)}")
+        if view.dtype != q.dtype:
+            raise TypeError(f"{name} is {view.dtype}; wanted q's {q.dtype}")
+        _device(name, view, q)
+        _strides(name, view)
+
+
+def _same(what: str, k: View, v: View, axis: int, *, cache: bool = False) -> None:
+    if v.shape[axis] != k.shape[axis]:
+        k_name, v_name = _cache_names(cache)
+        raise ValueError(f"{v_name} has {v.shape[axis]} {what}; wanted {k_name}'s {k.shape[axis]}")
+
+
+def _device(name: str, view: View, q: View) -> None:
+    if view.device != q.device:
+        raise ValueError(f"{name} is on device {view.device}; wanted q's, {q.device}")
+
+
+def _strides(name: str, view: View, *, aligned: bool = True) -> None:
+    """Check that the last axis is packed, nothing runs backwards, and rows start on 16 bytes."""
+    shape, strides = view.shape, view.strides
+    if 0 in shape:
+        return
+    if min(strides) < 0:
+        raise ValueError(f"{name} has strides {strides}; wanted none below 0")
+    if strides[-1] != 1:
+        raise ValueError(f"{name} has stride {strides[-1]} on its last axis; wanted 1")
+    if not aligned:
+        return
+    itemsize = ITEMSIZE[view.dtype]
+    if view.pointer % ALIGNMENT:
+        raise ValueError(
+            f"{name} starts {view.pointer % ALIGNMENT} bytes past a multiple of {ALIGNMENT}; "
+            f"wanted rows aligned to {ALIGNMENT} bytes"
+        )
+    for axis, step in enumerate(strides[:-1]):
+        if shape[axis] > 1 and step * itemsize % ALIGNMENT:
+            raise ValueError(
+                f"{name} has stride {step} ({step * itemsize} bytes) on axis {axis}; wanted a "
+                f"multiple of {ALIGNMENT} bytes"
+            )
+
+
+def _packed(view: View) -> bool:
+    step = 1
+    for size, stride in zip(reversed(view.shape), reversed(view.strides), strict=True):
+        if size > 1 and stride != step:
+            return False
+        step *= size
+    return True
+
+
+def _index_array(name: str, view: View, q: View, *, rank: int, wanted: str) -> None:
+    if view.dtype != "int32":
+        raise TypeError(f"{name} is {view.dtype}; wanted int32")
+    if len(view.shape) != rank:
+        raise ValueError(f"{name} has shape {view.shape}; wanted int32 {wanted}")
+    _device(name, view, q)
+
+
+def _prefix_sums(name: str, view: View, q: View) -> int:
+    """Check a ``[batch + 1]`` array and return batch."""
+    _index_array(name, view, q, rank=1, wanted="[batch + 1]")
+    if view.shape[0] == 0:
+        raise ValueError(f"{name} is empty; wanted batch + 1 elements, the first of them 0")
+    if not _packed(view):
+        raise ValueError(f"{name} has stride {view.strides[0]}; wanted a contiguous array")
+    return view.shape[0] - 1
+
+
+def _lengths(seq_lens: View, q: View, batch: int) -> None:
+    shape = seq_lens.shape
+    _index_array("seq_lens", seq_lens, q, rank=max(len(shape), 1), wanted="[batch]")
+    if math.prod(shape) != batch or (batch and max(shape) != batch):
+        raise ValueError(
+            f"seq_lens has shape {shape}; wanted [{batch}], one length per row of block_tables"
+        )
+    if not _packed(seq_lens):
+        raise ValueError(f"seq_lens has strides {seq_lens.strides}; wanted a contiguous array")
+
+
+def _float_array(name: str, view: View, q: View, shape: tuple[int, ...], wanted: str) -> None:
+    """Check a packed float32 array of the given shape."""
+    if view.dtype != "float32":
+        raise TypeError(f"{name} is {view.dtype}; wanted float32")
+    if view.shape != shape:
+        raise ValueError(f"{name} has shape {view.shape}; wanted {shape}, {wanted}")
+    if not _packed(view):
+        raise ValueError(f"{name} has strides {view.strides}; wanted a contiguous array")
+    _device(name, view, q)
+
+
+def _outputs(options: Options, q: View, dtype: str, shape: tuple[int, ...]) -> None:
+    if dtype not in OUTPUT_DTYPES:
+        raise TypeError(f"out_dtype is {dtype}; wanted {', '.join(OUTPUT_DTYPES)}")
+    out, lse = options.out, options.lse
+    if out is not None:
+        if out.dtype != dtype:
+            source = "q's dtype" if options.out_dtype is None else "out_dtype"
+            raise TypeError(f"out is {out.dtype}; wanted {dtype} ({source})")
+        if out.shape != shape:
+            raise ValueError(f"out has shape {out.shape}; wanted {shape}")
+        _device("out", out, q)
+        _strides("out", out)
+        if not distinct(out):
+            raise ValueError(
+                f"out has strides {out.strides} for shape {shape}, so elements share memory; "
+                "wanted each element to have its own"
+            )
+    if lse is not None:
+        wanted = "[batch, seq, heads]" if len(shape) == 4 else "[tokens, heads]"
+        _float_array("lse", lse, q, shape[:-1], wanted)
+
+
+# --- numbers and flags ---------------------------------------------------------------------------
+
+
+def flag(name: str, value: Any) -> bool:
+    """Return a bool argument, or raise TypeError."""
+    if not isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{name} is {value!r}; wanted True or False")
+    return bool(value)
+
+
+def dtype_name(dtype: Any) -> str | None:
+    """Return the name in a string, NumPy dtype or framework dtype; None stays None."""
+    if dtype is None:
+        return None
+    found = re.search(r"(?<![a-z0-9_])b?float\d+\w*", str(dtype))
+    if not found:
+        raise TypeError(f"out_dtype is {dtype!r}; wanted {', '.join(OUTPUT_DTYPES)}")
+    return found.group()
+
+
+def refuse_decode_only(max_dropped_mass: Any, certificate: Any) -> None:
+    """Raise ValueError for the two parts of a SkipSoftmax that only decode can honour."""
+    for name, value in (("max_dropped_mass", max_dropped_mass), ("certificate", certificate)):
+        if value is not None and value is not False:
+            raise ValueError(
+                f"skip_softmax has {name}={value!r}, which prefill cannot honour; wanted threshold "
+                "or threshold_scale_factor"
+            )
+
+
+def _window(value: Any, kv_len: int) -> int:
+    try:
+        if isinstance(value, (bool, np.bool_)):
+            raise TypeError
+        window = operator.index(value)
+    except TypeError:
+        raise TypeError(f"window_left is {value!r}; wanted an int ≥ -1 (-1: none)") from None
+    if window < -1:
+        raise ValueError(f"window_left is {window}; wanted an int ≥ -1 (-1: none)")
+    return min(window, kv_len)  # a wider one hides nothing more, and this fits int32
+
+
+def _real(name: str, value: Any, wanted: str) -> float:
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, Real):
+        raise TypeError(f"{name} is {value!r}; wanted {wanted}")
+    number = float(value)
+    if not math.isfinite(number) or abs(number) > _LARGEST:
+        raise ValueError(f"{name} is {value!r}; wanted {wanted}, finite in float32")
+    return number
+
+
+def _number(name: str, value: Any, q: View, *, positive: bool = False) -> None:
+    """Check None, a number, or a view of one float32."""
+    wanted = f"a {'positive ' if positive else ''}number or one float32 on the device"
+    if isinstance(value, View):
+        if value.dtype != "float32":
+            raise TypeError(f"{name} is {value.dtype}; wanted {wanted}")
+        if math.prod(value.shape) != 1:
+            raise ValueError(f"{name} has shape {value.shape}; wanted {wanted}")
+        _device(name, value, q)
+    elif value is not None:
+        number = _real(name, value, wanted)
+        if positive and number < _SMALLEST:
+            raise ValueError(f"{name} is {value!r}; wanted {wanted}, above 0")
+
+
+def _soft_cap(value: Any) -> float:
+    cap = _real("soft_cap", value, "a number ≥ 0 (0: none)")
+    if cap < 0 or 0 < cap < _SMALLEST:
+        raise ValueError(f"soft_cap is {value!r}; wanted a number ≥ 0 (0: none)")
+    return cap
+
+
+def _skip(options: Options, q: View, batch: int, q_heads: int) -> SkipMode | None:
+    skip, live = options.skip, options.thresholds
+    if skip is None or live is None:
+        return skip
+    if live.dtype != "float32":
+        raise TypeError(f"skip_softmax.threshold is {live.dtype}; wanted float32")
+    if live.shape not in ((batch,), (batch, q_heads)):
+        raise ValueError(
+            f"skip_softmax.threshold has shape {live.shape}; wanted [batch] = ({batch},) or "
+            f"[batch, q heads] = ({batch}, {q_heads})"
+        )
+    if min(live.strides) < 0:
+        raise ValueError(f"skip_softmax.threshold has strides {live.strides}; wanted none below 0")
+    _device("skip_softmax.threshold", live, q)
+    return replace(skip, thresholds=Layout(*live[1:4]))
+
+
+# --- shared memory between arrays ----------------------------------------------------------------
+
+
+def check_overlap(outputs: Mapping[str, View | None], inputs: Mapping[str, Any]) -> None:
+    """Raise ValueError if an output shares memory with an input or with another output.
+
+    Values that are None or no views (a scale given as a number) are passed over.
+    """
+    spans = [(*_span(view), name, view) for name, view in inputs.items() if isinstance(view, View)]
+    for name, view in outputs.items():
+        if view is None:
+            continue
+        low, high = _span(view)
+        for other_low, other_high, other, second in spans:
+            if low < other_high and other_low < high and overlap(view, second):
+                raise ValueError(f"{name} shares memory with {other}; wanted an array of its own")
+        spans.append((low, high, name, view))
+
+
+def overlap(a: View, b: View) -> bool:
+    """Say whether two views have a byte in common.
+
+    Exact for dense arrays, for slices of a common packed array and for every other nesting of
+    strides met in practice. Strides so irregular that the search takes more than 20 000 steps
+    count as overlapping.
+    """
+    (low_a, high_a), (low_b, high_b) = _span(a), _span(b)
+    if not (low_a < high_b and low_b < high_a) or low_a == high_a or low_b == high_b:
+        return False
+    if a.device != b.device:
+        return False
+    distance = a.pointer - b.pointer
+    run_a, axes_a = _runs(a.shape, a.strides, a.dtype)
+    run_b, axes_b = _runs(b.shape, b.strides, b.dtype)
+    # Byte runs [x, x + run_a) and [y, y + run_b) meet if -run_a < x - y < run_b, and x - y is
+    # distance + Σ stride·n, where n runs over 0 … size-1 for a's axes and 1-size … 0 for b's.
+    spans: dict[int, list[int]] = {}  # by stride: axes of one stride act as a single axis
+    for stride, size in (*axes_a, *((-stride, size) for stride, size in axes_b)):
+        span = spans.setdefault(abs(stride), [0, 0])
+        if stride > 0:
+            span[1] += size - 1
+        else:
+            span[0] -= size - 1
+    terms = [(stride, least, most) for stride, (least, most) in spans.items()]
+    return _reaches(terms, 1 - run_a - distance, run_b - 1 - distance)
+
+
+def _span(view: View) -> tuple[int, int]:
+    """Return the addresses [low, high) that a view lies between."""
+    low, high = _extent(view[1], view[2], view[3])
+    return view[0] + low, view[0] + high
+
+
+@lru_cache(maxsize=1024)
+def _extent(shape: tuple[int, ...], strides: tuple[int, ...], dtype: str) -> tuple[int, int]:
+    """Return the bytes [low, high) that a view spans, counted from its pointer."""
+    if 0 in shape:
+        return 0, 0
+    reach = [(size - 1) * stride for size, stride in zip(shape, strides, strict=True)]
+    itemsize = ITEMSIZE.get(dtype, 16)
+    return (
+        itemsize * sum(step for step in reach if step < 0),
+        itemsize * (1 + sum(step for step in reach if step > 0)),
+    )
+
+
+@lru_cache(maxsize=1024)
+def _runs(
+    shape: tuple[int, ...], strides: tuple[int, ...], dtype: str
+) -> tuple[int, list[tuple[int, int]]]:
+    """Return the bytes of one contiguous run, and (stride in bytes, size) of the axes over it."""
+    run = ITEMSIZE.get(dtype, 16)
+    axes = [
+        (stride * run, size)
+        for size, stride in zip(shape, strides, strict=True)
+        if size > 1 and stride
+    ]
+    axes.sort(key=lambda axis: abs(axis[0]))
+    while axes and axes[0][0] == run:
+        run *= axes.pop(0)[1]
+    return run, axes
+
+
+def distinct(view: View) -> bool:
+    """Say whether every element of a view has memory of its own."""
+    if 0 in view.shape:
+        return True
+    axes = [axis for axis in zip(view.strides, view.shape, strict=True) if axis[1] > 1]
+    axes.sort(reverse=True)
+    if axes and axes[-1][0] == 0:
+        return False
+    for first, (stride, size) in enumerate(axes):
+        # Two elements that differ by n ≥ 1 along this axis, and anyhow along the smaller ones.
+        terms = [(stride, 1, size - 1)]
+        terms += [(step, 1 - count, count - 1) for step, count in axes[first + 1 :]]
+        if _reaches(terms, 0, 0):
+            return False
+    return True
+
+
+def _reaches(terms: list[tuple[int, int, int]], low: int, high: int) -> bool:
+    """Say whether Σ stride·n can lie in [low, high]; terms are (stride, least n, greatest n)."""
+    terms = sorted(terms, reverse=True)
+    rest_low, rest_high = [0], [0]  # what the terms from here on can add at least and at most
+    for stride, least, most in reversed(terms):
+        rest_low.append(rest_low[-1] + stride * least)
+        rest_high.append(rest_high[-1] + stride * most)
+    rest_low.reverse()
+    rest_high.reverse()
+    pending = [(0, low, high)]
+    for _ in range(_MOST_STEPS):
+        if not pending:
+            return False
+        depth, low, high = pending.pop()
+        if rest_high[depth] < low or rest_low[depth] > high:
+            continue
+        if depth == len(terms):
+            return True
+        stride, least, most = terms[depth]
+        first = max(least, -((rest_high[depth + 1] - low) // stride))
+        last = min(most, (high - rest_low[depth + 1]) // stride)
+        if last - first > _MOST_STEPS:
+            return True
+        pending.extend(
+            (depth + 1, low - stride * n, high - stride * n) for n in range(first, last + 1)
+        )
+    return True

@@ -1,0 +1,109 @@
+"""Problem and device → plan.  Pure functions; the measurement stands beside each choice."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import lru_cache
+from itertools import product
+
+from ._config import FmhaConfig
+from ._records import Device, Geometry, Plan, Problem
+
+# Head dimensions that kernels are compiled for; others are rounded up and the rest is zeros.
+HEAD_DIMS = (32, 64, 96, 128, 192, 256)
+SHIPPED_HEAD_DIMS = (*((dim, dim) for dim in HEAD_DIMS), (192, 128))
+
+# Bytes of shared memory one block may use, by NVRTC target (what `Device.shared_memory` says there).
+SHARED_MEMORY = {
+    "sm_80": 166_912,
+    "sm_86": 101_376,
+    "sm_89": 101_376,
+    "sm_90a": 232_448,
+    "sm_100": 232_448,
+    "sm_120": 101_376,
+}
+
+
+@lru_cache(maxsize=4096)
+def prefill(problem: Problem, device: Device) -> Plan:
+    """Choose kernel, configuration and grid of one prefill call."""
+    head_dim_qk, head_dim_v = round_up(problem.head_dim_qk), round_up(problem.head_dim_v)
+    config, reason = _tile(head_dim_qk, head_dim_v, device.shared_memory)
+    config = replace(
+        config,
+        element=problem.q.dtype,
+        output=problem.out_dtype,
+        paged=problem.form == "paged",
+        soft_cap=problem.soft_cap > 0,
+        skip_softmax=problem.skip is not None,
+    )
+    if problem.form == "batched":
+        q_blocks = -(-problem.q_len // config.block_q)
+        blocks = q_blocks * problem.q_heads * problem.batch
+    else:  # each request may end with one block that is not full
+        q_blocks = problem.q_len // config.block_q + problem.batch if problem.q_len else 0
+        blocks = q_blocks * problem.q_heads
+    return Plan(
+        kernel="fmha_sm80",
+        config=config,
+        q_blocks=q_blocks,
+        grid=(blocks, 1, 1),
+        threads=config.threads,
+        shared_memory=config.shared_memory,
+        geometry=Geometry(config.block_q, config.block_kv, config.rows_per_warp),
+        reason=reason,
+    )
+
+
+def round_up(head_dim: int) -> int:
+    """Return the smallest compiled head dimension that holds `head_dim`."""
+    return next(dim for dim in HEAD_DIMS if dim >= head_dim)
+
+
+def _tile(head_dim_qk: int, head_dim_v: int, shared_memory: int) -> tuple[FmhaConfig, str]:
+    """Return tile sizes, and the reason for them."""
+    dims = FmhaConfig(head_dim_qk=head_dim_qk, head_dim_v=head_dim_v)
+    if head_dim_v <= 128:
+        # 32 rows a warp halve the traffic of K and V from shared memory to the tensor cores; with
+        # 64 keys, scores and output fill 192 of the 255 registers at head_dim_v = 128.
+        tile = replace(dims, rows_per_warp=32, block_kv=64)
+        reason = "32 rows a warp, 64 keys a tile"
+    else:
+        # The output of 32 rows would not fit the registers: 16 rows a warp, eight warps.
+        tile = replace(dims, rows_per_warp=16, block_kv=32)
+        reason = "16 rows a warp, 32 keys a tile: head_dim_v > 128 leaves no registers for more"
+    for smaller in (
+        {},
+        {"block_kv": 32},
+        {"block_kv": 32, "block_q": 64},
+        {"block_kv": 16, "block_q": 64},
+    ):
+        fitting = replace(tile, **smaller)
+        if fitting.shared_memory <= shared_memory:
+            return fitting, reason if not smaller else f"{reason}; cut to the shared memory"
+    raise AssertionError(f"no tile of {head_dim_qk}/{head_dim_v} fits {shared_memory} bytes")
+
+
+def shipped_configs(arch: str) -> list[tuple[str, FmhaConfig]]:
+    """Return the configurations that `python -m cuattn compile` makes for one target.
+
+    Unequal head dimensions other than 192/128, and outputs of another dtype than the inputs, are
+    compiled at first use.
+    """
+    shared_memory = SHARED_MEMORY[arch]
+    return [
+        (
+            "fmha_sm80",
+            replace(
+                _tile(qk, v, shared_memory)[0],
+                element=element,
+                output=element,
+                paged=paged,
+                soft_cap=soft_cap,
+                skip_softmax=skip,
+            ),
+        )
+        for (qk, v), element, paged, soft_cap, skip in product(
+            SHIPPED_HEAD_DIMS, ("bfloat16", "float16"), (False, True), (False, True), (False, True)
+        )
+    ]

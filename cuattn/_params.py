@@ -1,0 +1,117 @@
+"""What a kernel is told at launch.  Twin of kernels/attention/params.cuh, byte for byte.
+
+Pointers come first and change from call to call; the rest follows from the problem and its options
+and is packed once.
+"""
+
+from __future__ import annotations
+
+import struct
+
+from ._records import Layout, Plan, Problem
+
+POINTERS = (
+    "q",
+    "k",
+    "v",
+    "out",
+    "lse",
+    "cu_seqlens_q",
+    "cu_seqlens_kv",
+    "seq_lens",
+    "block_tables",
+    "sinks",
+    "scale_array",
+    "out_scale_array",
+    "thresholds",
+    "skip_counts",
+)
+STRIDES = ("q_strides", "k_strides", "v_strides", "out_strides", "lse_strides")  # outer, row, head
+INTEGERS = (
+    "batch",
+    "q_heads",
+    "group",
+    "q_len",
+    "kv_len",
+    "q_blocks",
+    "head_dim_qk",
+    "head_dim_v",
+    "page_shift",
+    "pages",
+    "causal",
+    "window_left",
+)
+FLOATS = ("scale", "out_scale", "soft_cap", "threshold")
+FLAGS = ("threshold_per_length", "unsafe")
+
+_POINTERS = struct.Struct(f"={len(POINTERS)}Q")
+_REST = struct.Struct(
+    f"={3 * len(STRIDES)}q3q{len(INTEGERS)}i{len(FLOATS)}f{len(FLAGS)}i",
+)
+SIZE = _POINTERS.size + _REST.size
+
+pack_pointers = _POINTERS.pack
+
+
+def pack_rest(
+    problem: Problem,
+    plan: Plan,
+    *,
+    out: tuple[int, ...],
+    lse: tuple[int, ...],
+    tables: int,
+    scale: float,
+    out_scale: float,
+    threshold: float,
+) -> bytes:
+    """Pack all that follows the pointers.
+
+    `out` and `lse` are strides in elements, `tables` is the distance between two requests' rows of
+    block_tables; `threshold` is λ, or λ·kv_len where the problem's skip mode says so.
+    """
+    skip = problem.skip
+    live = skip.thresholds if skip else None
+    batched = problem.form == "batched"
+    return _REST.pack(
+        *_outer_row_head(problem.q.strides, batched),
+        *_kv_strides(problem.k, problem.form),
+        *_kv_strides(problem.v, problem.form),
+        *_outer_row_head(out, batched),
+        *((lse[0], lse[1], lse[2]) if batched else (0, lse[0], lse[1])),
+        tables,
+        *_threshold_strides(live),
+        problem.batch,
+        problem.q_heads,
+        problem.q_heads // problem.kv_heads,
+        problem.q_len,
+        problem.kv_len,
+        plan.q_blocks,
+        problem.head_dim_qk,
+        problem.head_dim_v,
+        max(problem.page_size.bit_length() - 1, 0),
+        problem.k.shape[0] if problem.page_size else 0,
+        problem.causal,
+        problem.window_left,
+        scale,
+        out_scale,
+        problem.soft_cap,
+        threshold,
+        bool(skip and skip.source == "scale_factor"),
+        bool(skip and skip.unsafe),
+    )
+
+
+def _outer_row_head(strides: tuple[int, ...], batched: bool) -> tuple[int, int, int]:
+    return (strides[0], strides[1], strides[2]) if batched else (0, strides[0], strides[1])
+
+
+def _kv_strides(layout: Layout, form: str) -> tuple[int, int, int]:
+    if form == "paged":  # [pages, heads, page_size, dim]
+        return layout.strides[0], layout.strides[2], layout.strides[1]
+    return _outer_row_head(layout.strides, form == "batched")
+
+
+def _threshold_strides(live: Layout | None) -> tuple[int, int]:
+    if live is None:
+        return 0, 0
+    return live.strides[0], live.strides[1] if len(live.strides) == 2 else 0

@@ -1,0 +1,231 @@
+"""The steps of the reference, on one block of query rows: scores, votes, softmax, P·V.
+
+Every array is over [head, row, key]; what skips and what is seen is a mask over it.  Dtype in, same
+dtype out: float64 for the reference itself, float32 for plain arithmetic.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cuattn._records import Geometry
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Votes:
+    """The votes of one block of query rows."""
+
+    dropped: Array  # [head, row, key] bool
+    visited: int  # the same for every head
+    skipped: Array  # [head]
+    margin: float
+    statistics: Array  # [vote, head]
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """Numbers that turn Q·Kᵀ into scores and P·V into the output."""
+
+    scale: float
+    out_scale: float
+    soft_cap: float
+    sinks: Array | None  # [head] float64
+
+
+def dtype_of(name: Any) -> np.dtype[Any]:
+    """Dtype of a name or of a framework's dtype; NumPy alone does not know bfloat16."""
+    text = str(name)
+    if "bfloat16" in text:
+        import ml_dtypes
+
+        return np.dtype(ml_dtypes.bfloat16)
+    return np.dtype(name if isinstance(name, np.dtype | type) else text.rsplit(".", 1)[-1])
+
+
+def visible_keys(q_len: int, kv_len: int, causal: bool, window_left: int) -> tuple[Array, Array]:
+    """First key and end of the range that each query row sees; equal for a row that sees none."""
+    position = np.arange(q_len, dtype=np.int64) + (kv_len - q_len)
+    end = np.clip(position + 1, 0, kv_len) if causal else np.full(q_len, kv_len, np.int64)
+    begin = np.maximum(position - window_left, 0) if window_left >= 0 else np.zeros_like(end)
+    return np.minimum(begin, end), end
+
+
+def tile_order(first: int, last: int) -> list[int]:
+    """Tiles in the order in which a block of query rows visits them."""
+    return [first, *range(last, first, -1)] if last >= first else []
+
+
+def thresholds_of(skip_softmax: Any, batch: int, heads: int, kv_lens: Array) -> Array | None:
+    """λ of every request and head, [batch, heads], from a `SkipSoftmax`; None for no skipping."""
+    if skip_softmax is None:
+        return None
+    factor = skip_softmax.threshold_scale_factor
+    if factor is not None:
+        if factor == 0:
+            return None
+        with np.errstate(divide="ignore"):
+            per_request = np.float64(factor) / np.asarray(kv_lens, np.float64)
+        return np.broadcast_to(per_request[:, None], (batch, heads))
+    threshold = skip_softmax.threshold
+    if threshold is None:
+        raise ValueError("skip_softmax has no threshold; wanted one or a threshold_scale_factor")
+    threshold = np.asarray(threshold.get() if hasattr(threshold, "get") else threshold, np.float64)
+    if threshold.ndim == 1:
+        threshold = threshold[:, None]
+    return np.broadcast_to(threshold, (batch, heads))
+
+
+def log_thresholds(skip: Any, heads: int, unsafe: bool) -> tuple[Array, Array]:
+    """ln λ per head, -inf where nothing may be skipped, and whether λ was eligible."""
+    if skip is None:
+        return np.full(heads, -np.inf), np.ones(heads, bool)
+    threshold = np.broadcast_to(np.asarray(skip).astype(np.float64), (heads,))
+    eligible = (threshold >= 0) & ((threshold < 1) | unsafe)  # NaN fails every comparison
+    with np.errstate(divide="ignore"):
+        return np.log(np.where(eligible, threshold, 0.0)), eligible
+
+
+def score(q: Array, k: Array, options: Options, visible: Array, inner: np.dtype[Any]) -> Array:
+    """Scaled, capped and masked scores, [head, row, key]."""
+    rows, heads, head_dim = q.shape
+    keys, kv_heads = k.shape[:2]
+    grouped = q.astype(inner).reshape(rows, kv_heads, heads // kv_heads, head_dim)
+    with np.errstate(invalid="ignore", over="ignore"):
+        products = np.matmul(
+            grouped.transpose(1, 2, 0, 3), k.astype(inner).transpose(1, 2, 0)[:, None]
+        ).reshape(heads, rows, keys)
+        scaled = products * inner.type(options.scale)
+        if options.soft_cap:
+            cap = inner.type(options.soft_cap)
+            scaled = cap * np.tanh(scaled / cap)
+    return np.where(visible, scaled, inner.type(-np.inf))
+
+
+def vote(scores: Array, visible: Array, log_threshold: Array, geometry: Geometry) -> Votes:
+    """Replay the votes of one block; `scores` and `visible` begin with a tile's first key."""
+    heads, rows, keys = scores.shape
+    tile_keys, group_rows = geometry.block_kv, geometry.rows_per_vote
+    starts = np.arange(0, keys, tile_keys)
+    groups = -(-rows // group_rows)
+    # [head, group, row, tile]; rows past the end see nothing and have no say.
+    tile_max = np.full((heads, groups * group_rows, len(starts)), -np.inf)
+    tile_max[:, :rows] = np.fmax.reduceat(scores, starts, axis=2)
+    tile_max = np.where(np.isnan(tile_max), -np.inf, tile_max)
+    tile_max = tile_max.reshape(heads, groups, group_rows, len(starts))
+    seen = np.zeros((groups * group_rows, len(starts)), bool)
+    seen[:rows] = np.logical_or.reduceat(visible, starts, axis=1)
+    seen = seen.reshape(groups, group_rows, -1).any(axis=1)  # [group, tile]
+
+    running_max = np.full((heads, groups, group_rows), -np.inf)
+    dropped = np.zeros((heads, groups, len(starts)), bool)
+    statistics: list[Array] = []  # [vote, head] per tile
+    for tile in tile_order(0, len(starts) - 1):
+        candidate = tile_max[..., tile]
+        with np.errstate(invalid="ignore"):
+            distance = np.where(candidate == -np.inf, -np.inf, candidate - running_max)
+        largest = distance.max(axis=2)  # [head, group]
+        dropped[..., tile] = seen[:, tile] & ~(largest >= log_threshold[:, None])
+        grown = np.maximum(running_max, candidate)
+        running_max = np.where(dropped[..., tile, None], running_max, grown)
+        statistics.append(largest[:, seen[:, tile]].T)
+    votes = np.concatenate(statistics)
+    with np.errstate(invalid="ignore"):
+        gaps = np.abs(votes - log_threshold)
+    finite = np.isfinite(gaps)
+    by_row = np.repeat(dropped, group_rows, axis=1)[:, :rows]
+    return Votes(
+        dropped=np.repeat(by_row, tile_keys, axis=2)[..., :keys],
+        visited=len(votes),
+        skipped=dropped.sum(axis=(1, 2)),
+        margin=float(gaps[finite].min()) if finite.any() else np.inf,
+        statistics=votes,
+    )
+
+
+def _log_sum(scores: Array, chosen: Array, sinks: Array | None) -> Array:
+    """Log of the sum of exp over the chosen keys and the sink, [head, row]."""
+    terms = np.where(chosen, scores, -np.inf)
+    if sinks is not None:
+        column = np.broadcast_to(sinks[:, None, None], (*terms.shape[:2], 1))
+        terms = np.concatenate([terms, column], axis=2)
+    top = terms.max(axis=2, initial=-np.inf)
+    safe = np.where(np.isfinite(top), top, 0.0)
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        return safe + np.log(np.exp(terms - safe[..., None]).sum(axis=2))
+
+
+def dropped_share(scores: Array, lost: Array, sinks: Array | None) -> Array:
+    """Share of the denominator that lies in dropped tiles, [head, row]."""
+    everything = _log_sum(scores, scores > -np.inf, sinks)
+    with np.errstate(invalid="ignore"):
+        mass = np.exp(_log_sum(scores, lost, None) - everything)
+    return np.where(lost.any(axis=2), mass, 0.0)
+
+
+def weigh(
+    scores: Array, kept: Array, v: Array, options: Options, round_to: np.dtype[Any] | None
+) -> tuple[Array, Array]:
+    """Softmax over kept keys times V: [head, row, dim] and LSE [head, row]."""
+    inner = scores.dtype.type
+    row_max = np.where(kept, scores, inner(-np.inf)).max(axis=2, initial=inner(-np.inf))
+    sees_none = ~kept.any(axis=2)
+    if options.sinks is not None:
+        row_max = np.maximum(row_max, options.sinks.astype(inner)[:, None])
+    row_max = np.where(sees_none | (row_max == -np.inf), inner(0), row_max)
+    with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
+        weights = np.where(kept, np.exp(scores - row_max[..., None]), inner(0))
+        total = weights.sum(axis=2)
+        if options.sinks is not None:
+            total = total + np.exp(options.sinks.astype(inner)[:, None] - row_max)
+        lse = np.where(sees_none, inner(-np.inf), row_max + np.log(total))
+        if round_to is not None:
+            weights = weights.astype(round_to).astype(inner)
+        out = _times_values(weights, kept, v.astype(inner))
+        out = out / total[..., None] * inner(options.out_scale)
+    return np.where(sees_none[..., None], inner(0), out), lse
+
+
+def _times_values(weights: Array, kept: Array, v: Array) -> Array:
+    """P·V in which a key that is not kept adds nothing, whatever its value, NaN included."""
+    heads, rows, keys = weights.shape
+    kv_heads, head_dim = v.shape[1:]
+    values = v.transpose(1, 0, 2)  # [kv head, key, dim]
+    grouped = weights.reshape(kv_heads, heads // kv_heads, rows, keys)
+    finite = np.where(np.isfinite(values), values, values.dtype.type(0))
+    out = np.matmul(grouped, finite[:, None]).reshape(heads, rows, head_dim)
+    for key in np.flatnonzero(~np.isfinite(v).all(axis=(1, 2))):
+        odd = np.repeat(values[:, key] - finite[:, key], heads // kv_heads, axis=0)  # [head, dim]
+        odd = np.where(np.isfinite(odd), 0, odd)
+        out += np.where(kept[..., key, None], weights[..., key, None] * odd[:, None], 0)
+    return out
+
+
+def gather_pages(
+    kv_cache: Array | tuple[Array, Array], block_tables: Array, seq_lens: Array, layout: str
+) -> tuple[Array, Array, Array]:
+    """Keys, values [kv tokens, kv_heads, d] and cu_seqlens_kv of all requests, out of a cache."""
+    if layout not in ("HND", "NHD"):
+        raise ValueError(f"layout is {layout!r}; wanted 'HND' or 'NHD'")
+    pair = kv_cache if isinstance(kv_cache, tuple) else (kv_cache[:, 0], kv_cache[:, 1])
+    k, v = ((x if layout == "NHD" else x.transpose(0, 2, 1, 3)) for x in pair)
+    pages, page_size = k.shape[:2]
+    lengths = np.clip(np.asarray(seq_lens).ravel(), 0, block_tables.shape[1] * page_size)
+    cu_kv = np.concatenate([[0], np.cumsum(lengths)])
+    key = np.concatenate([np.zeros(0, np.int64), *(np.arange(n) for n in lengths)])
+    request = np.repeat(np.arange(len(lengths)), lengths)
+    page = np.asarray(block_tables)[request, key // page_size] if len(key) else key
+    exists = (page >= 0) & (page < pages)
+
+    def gathered(x: Array) -> Array:
+        if not pages:
+            return np.zeros((len(key), *x.shape[2:]), x.dtype)
+        rows = x[np.where(exists, page, 0), key % page_size]
+        return np.where(exists[:, None, None], rows, rows.dtype.type(0))
+
+    return gathered(k), gathered(v), cu_kv

@@ -1,0 +1,168 @@
+"""Skip-softmax: what to leave out, and how much was left out.
+
+The rule is BLASST's (arXiv 2512.12087): a tile of keys is left out when, for every query row that
+votes on it, its largest score is below the row's running maximum by more than ``-ln λ``.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from numbers import Real
+from typing import Any
+
+import numpy as np
+
+PLANES = ("visited", "skipped", "ineligible")
+
+
+class SkipStats:
+    """Device counters of tile votes, per request and query head.
+
+    They are made at the first call that uses them, add up over calls until `reset`, and are read
+    back (which waits for the device) only when a property is asked for.
+
+    Examples
+    --------
+    >>> import cuattn
+    >>> stats = cuattn.SkipStats()
+    >>> skip = cuattn.SkipSoftmax(threshold=1e-3, stats=stats)
+    >>> stats.visited, stats.skipped, stats.rate
+    (0, 0, 0.0)
+    """
+
+    def __init__(self) -> None:
+        self._counts: Any = None  # cupy uint64 [visited, skipped, ineligible][batch, heads]
+
+    @property
+    def visited(self) -> int:
+        """Votes taken: groups of rows times tiles with a key that one of the rows sees."""
+        return int(self._read()[0].sum())
+
+    @property
+    def skipped(self) -> int:
+        """Votes that left the tile out."""
+        return int(self._read()[1].sum())
+
+    @property
+    def ineligible(self) -> int:
+        """Votes of requests that ran without skipping because their λ was not below 1."""
+        return int(self._read()[2].sum())
+
+    @property
+    def rate(self) -> float:
+        """Skipped over visited; 0 when nothing was visited."""
+        visited, skipped, _ = (int(plane.sum()) for plane in self._read())
+        return skipped / visited if visited else 0.0
+
+    def per_head(self) -> dict[str, np.ndarray]:
+        """Return ``{"visited", "skipped", "ineligible"}``, each int64 ``[batch, q heads]``."""
+        return dict(zip(PLANES, self._read(), strict=True))
+
+    def reset(self) -> None:
+        """Forget all counts; the next call may have another batch size or number of heads."""
+        self._counts = None
+
+    def counts(self, batch: int, heads: int, device: int) -> Any:
+        """Return the device array ``[3, batch, heads]``, made of zeros if there is none yet."""
+        if self._counts is None:
+            import cupy
+
+            with cupy.cuda.Device(device):
+                self._counts = cupy.zeros((len(PLANES), batch, heads), np.uint64)
+        elif self._counts.shape[1:] != (batch, heads) or self._counts.device.id != device:
+            raise ValueError(
+                f"skip_softmax.stats counts [batch, heads] = {self._counts.shape[1:]} on device "
+                f"{self._counts.device.id}; wanted {(batch, heads)} on device {device}, so call "
+                "its reset() first"
+            )
+        return self._counts
+
+    def _read(self) -> np.ndarray:
+        if self._counts is None:
+            return np.zeros((len(PLANES), 0, 0), np.int64)
+        self._counts.device.synchronize()
+        return self._counts.get().astype(np.int64)
+
+
+@dataclass(frozen=True)
+class SkipSoftmax:
+    """Leave out tiles of keys whose weights would be negligible.
+
+    Exactly one of the first three says what is negligible.
+
+    Parameters
+    ----------
+    threshold : float or array, optional
+        λ: a tile is left out when all its weights are below λ times the largest weight so far.
+        A float32 array on the device, ``[batch]`` or ``[batch, q heads]``, is read live: its values
+        may change between replays of a CUDA graph.  0 skips nothing.
+    threshold_scale_factor : float, optional
+        λ = factor / kv_len of each request, as in FlashInfer and TensorRT-LLM.  0 skips nothing.  A
+        request with ``kv_len <= factor`` would have λ ≥ 1: it runs without skipping and is counted
+        as ineligible.
+    max_dropped_mass : float, optional
+        Bound on the weight that a row may lose.  Decode only.
+    unsafe : bool
+        Allow λ ≥ 1, which may drop everything after the first tile.
+    stats : SkipStats, optional
+        Counters to add to.
+    certificate : bool
+        Return a bound on the dropped weight.  Decode only.
+
+    Notes
+    -----
+    Which rows vote together and how many keys a tile has is part of each kernel's plan, so λ cannot
+    be carried from one kernel to another: ``python -m cuattn info --plan`` prints it.
+
+    References
+    ----------
+    BLASST: Dynamic Blocked Attention Sparsity via Softmax Thresholding, arXiv 2512.12087.
+
+    Examples
+    --------
+    >>> import cuattn
+    >>> cuattn.SkipSoftmax(threshold_scale_factor=1000.0).threshold_scale_factor
+    1000.0
+    """
+
+    threshold: Any = None
+    threshold_scale_factor: float | None = None
+    max_dropped_mass: float | None = None
+    unsafe: bool = False
+    stats: SkipStats | None = None
+    certificate: bool = False
+
+    def __post_init__(self) -> None:
+        given = [
+            name
+            for name in ("threshold", "threshold_scale_factor", "max_dropped_mass")
+            if getattr(self, name) is not None
+        ]
+        if len(given) != 1:
+            raise ValueError(
+                f"SkipSoftmax has {' and '.join(given) or 'no threshold'}; wanted exactly one of "
+                "threshold, threshold_scale_factor and max_dropped_mass"
+            )
+        for name in ("unsafe", "certificate"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} is {getattr(self, name)!r}; wanted True or False")
+        if self.stats is not None and not isinstance(self.stats, SkipStats):
+            raise TypeError(f"stats is a {type(self.stats).__name__}; wanted a SkipStats")
+        value = getattr(self, given[0])
+        if given[0] == "threshold" and not isinstance(value, Real):
+            if isinstance(value, (str, bytes, list, tuple, dict)):
+                raise TypeError(
+                    f"threshold is a {type(value).__name__}; wanted a number or a float32 array on "
+                    "the device"
+                )
+            return  # a live array: its shape is checked against each call
+        if isinstance(value, bool) or not isinstance(value, Real):
+            raise TypeError(f"{given[0]} is {value!r}; wanted a number")
+        if not math.isfinite(value) or value < 0:
+            raise ValueError(f"{given[0]} is {value!r}; wanted a finite number ≥ 0")
+        if given[0] == "threshold" and value >= 1 and not self.unsafe:
+            raise ValueError(
+                f"threshold is {value!r}; wanted below 1, or unsafe=True, since λ ≥ 1 may drop "
+                "every tile after the first"
+            )

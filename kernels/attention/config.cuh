@@ -1,0 +1,20 @@
+// What is fixed when a kernel is compiled; the host names each field it sets (twin: _config.py).
+#pragma once
+
+#include <core/types.cuh>
+
+// Prefill.  One block: `block_q` query rows of one head, `rows_per_warp` to a warp.
+struct FmhaConfig {
+  Dtype element = Dtype::bfloat16;  // of q, k, v and P
+  Dtype output = Dtype::bfloat16;
+  int32 head_dim_qk = 128;  // rounded up to a multiple of 32; the rest is zeros
+  int32 head_dim_v = 128;
+  int32 block_q = 128;
+  int32 block_kv = 64;
+  int32 rows_per_warp = 32;
+  bool paged = false;
+  bool soft_cap = false;
+  bool skip_softmax = false;
+
+  DEVICE constexpr int32 threads() const { return block_q / rows_per_warp * 32; }
+};

@@ -1,0 +1,111 @@
+// Softmax over keys that arrive tile by tile: a running maximum and a running sum for each row.
+//
+// Scores stay in the units of Q Kᵀ; `scale` (with log2 e in it) enters where they are
+// exponentiated:
+//   p = exp2(scale · s − scale · m)       m = the row's maximum so far
+// When m grows, what was summed before is too large by exp2(scale · (m_new − m)).
+#pragma once
+
+#include <core/math.cuh>
+#include <ptx/convert.cuh>
+#include <ptx/special.cuh>
+#include <tile/fragment.cuh>
+
+template <int32 row_tiles>
+struct RowStatistics {
+  float maximum[row_tiles][2];  // [row tile][half], equal in the four lanes of a quad
+  float sum[row_tiles][2];      // of this lane's columns only, until `finish`
+
+  DEVICE RowStatistics() {
+#pragma unroll
+    for (int32 r = 0; r < row_tiles; ++r)
+#pragma unroll
+      for (int32 half = 0; half < 2; ++half) {
+        maximum[r][half] = -infinity();
+        sum[r][half] = 0.f;
+      }
+  }
+};
+
+// The largest score of each row of a tile.
+template <int32 row_tiles, int32 key_tiles>
+DEVICE void row_maxima(float (&maxima)[row_tiles][2],
+                       const float (&scores)[row_tiles][key_tiles][4]) {
+#pragma unroll
+  for (int32 r = 0; r < row_tiles; ++r)
+#pragma unroll
+    for (int32 half = 0; half < 2; ++half) {
+      float value = -infinity();
+#pragma unroll
+      for (int32 c = 0; c < key_tiles; ++c)
+        value = fmaxf(value, fmaxf(scores[r][c][half * 2], scores[r][c][half * 2 + 1]));
+      maxima[r][half] = quad_maximum(value);
+    }
+}
+
+// Take new maxima into the statistics and bring sum and output to them.
+template <int32 row_tiles, int32 value_tiles>
+DEVICE void raise_maxima(RowStatistics<row_tiles>& rows, const float (&maxima)[row_tiles][2],
+                         float (&output)[row_tiles][value_tiles][4], float scale) {
+  bool grown = false;
+#pragma unroll
+  for (int32 r = 0; r < row_tiles; ++r)
+#pragma unroll
+    for (int32 half = 0; half < 2; ++half) grown |= maxima[r][half] > rows.maximum[r][half];
+  // NOTE: after a few tiles maxima hardly grow; without this test every tile pays for the output.
+  if (!warp_any(grown)) return;
+#pragma unroll
+  for (int32 r = 0; r < row_tiles; ++r)
+#pragma unroll
+    for (int32 half = 0; half < 2; ++half) {
+      const float old_maximum = rows.maximum[r][half];
+      const float new_maximum = fmaxf(old_maximum, maxima[r][half]);
+      // A row that has seen no key yet has nothing to shrink (and −∞ − −∞ is not a number).
+      const float shrink =
+          old_maximum == new_maximum ? 1.f : exp2_approximate((old_maximum - new_maximum) * scale);
+      rows.maximum[r][half] = new_maximum;
+      rows.sum[r][half] *= shrink;
+#pragma unroll
+      for (int32 c = 0; c < value_tiles; ++c) {
+        output[r][c][half * 2] *= shrink;
+        output[r][c][half * 2 + 1] *= shrink;
+      }
+    }
+}
+
+// The scores of keys 16·step … become probabilities relative to the rows' maxima, which are added
+// to the rows' sums and packed as operand A of P V: accumulators lie where that operand wants them.
+template <typename Element, int32 row_tiles, int32 key_tiles>
+DEVICE void exponentiate(uint32 (&probabilities)[row_tiles][4], RowStatistics<row_tiles>& rows,
+                         const float (&scores)[row_tiles][key_tiles][4], int32 step, float scale) {
+#pragma unroll
+  for (int32 r = 0; r < row_tiles; ++r)
+#pragma unroll
+    for (int32 half = 0; half < 2; ++half) {
+      const float maximum = rows.maximum[r][half];
+      const float shift = maximum == -infinity() ? 0.f : maximum * scale;
+#pragma unroll
+      for (int32 c = 0; c < 2; ++c) {
+        const float (&score)[4] = scores[r][step * 2 + c];
+        const float first = exp2_approximate(fmaf(score[half * 2], scale, -shift));
+        const float second = exp2_approximate(fmaf(score[half * 2 + 1], scale, -shift));
+        rows.sum[r][half] += first + second;
+        probabilities[r][c * 2 + half] = pack(first, second, Element{});
+      }
+    }
+}
+
+// scores → tanh(scores · factor), for a cap on the logits: tanh x = 1 − 2 / (1 + exp(2x)).
+template <int32 row_tiles, int32 key_tiles>
+DEVICE void squash(float (&scores)[row_tiles][key_tiles][4], float factor) {
+  const float doubled = 2.f * log2_e * factor;
+#pragma unroll
+  for (int32 r = 0; r < row_tiles; ++r)
+#pragma unroll
+    for (int32 c = 0; c < key_tiles; ++c)
+#pragma unroll
+      for (int32 i = 0; i < 4; ++i) {
+        const float grown = exp2_approximate(scores[r][c][i] * doubled);
+        scores[r][c][i] = 1.f - 2.f * reciprocal_approximate(1.f + grown);
+      }
+}

@@ -1,0 +1,99 @@
+// Which rows of which request a block works on, and in which order it visits the keys.
+//
+// Lengths are read on the device: the grid depends on shapes only, blocks without rows leave.
+#pragma once
+
+#include <attention/mask.cuh>
+#include <attention/params.cuh>
+#include <core/math.cuh>
+
+// One block's share: rows [first_row, first_row + block_q) of one request and query head.
+struct Work {
+  int32 request, head, first_row;
+  int32 q_len, kv_len;
+  int32 q_start, kv_start;  // the request's first token, where requests lie end to end
+  bool exists;
+};
+
+// A request's part [begin, end) of `tokens`, whatever cu_seqlens holds.
+DEVICE Range tokens_of(const int32* cu_seqlens, int32 request, int32 tokens) {
+  const int32 begin = minimum(maximum(cu_seqlens[request], 0), tokens);
+  return {begin, minimum(maximum(cu_seqlens[request + 1], begin), tokens)};
+}
+
+// Find the request that owns block `slot` when each has ceil(q_len / block_q) of them: the 32 lanes
+// look at 32 requests at a time.  `slot` becomes the block inside the request.
+template <int32 block_q>
+DEVICE bool find_request(const FmhaParams& params, int32& request, int32& slot) {
+  for (int32 first = 0; first < params.batch; first += warp_size) {
+    const int32 candidate = first + lane_index();
+    int32 blocks = 0;
+    if (candidate < params.batch) {
+      const Range tokens = tokens_of(params.cu_seqlens_q, candidate, params.q_len);
+      blocks = ceil_div(tokens.end - tokens.begin, block_q);
+    }
+    int32 blocks_so_far = blocks;  // of this lane's request and those before it
+#pragma unroll
+    for (int32 distance = 1; distance < warp_size; distance *= 2) {
+      const int32 below = shuffle_up(blocks_so_far, distance);
+      if (lane_index() >= distance) blocks_so_far += below;
+    }
+    const int32 owner = count_ones(warp_ballot(blocks_so_far <= slot));
+    if (owner < warp_size) {
+      request = first + owner;
+      slot -= shuffle(blocks_so_far - blocks, owner);
+      return true;
+    }
+    slot -= shuffle(blocks_so_far, warp_size - 1);
+  }
+  return false;
+}
+
+template <int32 block_q>
+DEVICE Work find_work(const FmhaParams& params) {
+  const int32 rest = block_index() / params.q_blocks;
+  int32 slot = block_index() % params.q_blocks;
+  Work work{};
+  work.head = rest % params.q_heads;
+  work.request = rest / params.q_heads;
+  work.q_len = params.q_len;
+  work.kv_len = params.kv_len;
+  work.exists = true;
+  if (params.cu_seqlens_q) {
+    work.exists = find_request<block_q>(params, work.request, slot);
+    if (!work.exists) return work;
+    const Range tokens = tokens_of(params.cu_seqlens_q, work.request, params.q_len);
+    work.q_start = tokens.begin;
+    work.q_len = tokens.end - tokens.begin;
+  }
+  if (params.cu_seqlens_kv) {
+    const Range tokens = tokens_of(params.cu_seqlens_kv, work.request, params.kv_len);
+    work.kv_start = tokens.begin;
+    work.kv_len = tokens.end - tokens.begin;
+  }
+  if (params.seq_lens) {
+    work.kv_len = minimum(maximum(params.seq_lens[work.request], 0), params.kv_len);
+  }
+  work.request = warp_uniform(work.request);
+  work.q_start = warp_uniform(work.q_start);
+  work.kv_start = warp_uniform(work.kv_start);
+  work.q_len = warp_uniform(work.q_len);
+  work.kv_len = warp_uniform(work.kv_len);
+  slot = warp_uniform(slot);
+  // Under a causal mask the last rows have most keys: they start first.
+  work.first_row = (ceil_div(work.q_len, block_q) - 1 - slot) * block_q;
+  return work;
+}
+
+// Tiles of keys in order: the first, where attention sinks are, then from the last one down,
+// because near keys tend to have the largest scores.  Early large maxima let skip-softmax leave out
+// more.
+struct TileOrder {
+  int32 first, count;  // tiles [first, first + count)
+
+  DEVICE TileOrder(Range keys, int32 block_kv)
+      : first(keys.begin / block_kv),
+        count(keys.empty() ? 0 : ceil_div(keys.end, block_kv) - keys.begin / block_kv) {}
+
+  DEVICE int32 at(int32 step) const { return step == 0 ? first : first + count - step; }
+};

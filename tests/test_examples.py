@@ -1,0 +1,59 @@
+"""The examples run as a reader would run them, or say that they want a GPU."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import missing_gpu
+
+ROOT = Path(__file__).resolve().parent.parent
+EXAMPLES = sorted((ROOT / "examples").glob("from_*.py"))
+FRAMEWORKS = {"from_cupy": "cupy", "from_torch": "torch", "from_jax": "jax"}
+
+
+def run(example: Path) -> subprocess.CompletedProcess[str]:
+    """Run an example in a process of its own, on this checkout."""
+    framework = FRAMEWORKS[example.stem]
+    if importlib.util.find_spec(framework) is None:
+        pytest.skip(f"{framework} is not installed")
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return subprocess.run(
+        [sys.executable, str(example)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+    )
+
+
+def test_every_example_is_tested() -> None:
+    assert [example.stem for example in EXAMPLES] == sorted(FRAMEWORKS)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
+def test_runs_on_a_gpu(example: Path) -> None:
+    done = run(example)
+    assert done.returncode == 0, done.stderr
+    assert [line.split(":")[0] for line in done.stdout.splitlines()] == ["dense", "skip"]
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
+def test_says_that_it_wants_a_gpu(example: Path) -> None:
+    if missing_gpu() is None:
+        pytest.skip("there is a GPU here")
+    done = run(example)
+    assert done.returncode == 1
+    assert "wants an NVIDIA GPU" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
+def test_is_short(example: Path) -> None:
+    assert 20 <= len(example.read_text(encoding="utf-8").splitlines()) <= 60

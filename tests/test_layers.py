@@ -1,0 +1,157 @@
+"""The layer rule: imports and includes only go down, and each thing has its one place."""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+KERNELS = ROOT / "kernels"
+CUDA = sorted(path for path in KERNELS.rglob("*.cu*") if path.suffix in (".cu", ".cuh"))
+PYTHON = sorted((ROOT / "cuattn").glob("*.py"))
+
+CUDA_FLOORS = ("core", "ptx", "tile", "attention", ".")  # "." holds the kernels themselves
+
+# A module imports only from the lines above its own.
+PYTHON_FLOORS = (
+    ("_records",),
+    ("_sources", "_config", "_device"),
+    ("_compile", "_params", "_replay"),
+    ("_ingest", "_check", "_heuristics", "_launch", "reference"),
+    ("skip_softmax", "_workloads"),
+    ("prefill",),
+    ("__init__",),
+    ("_demo", "_cli_compile"),
+    ("_cli_info",),
+    ("_cli_check",),
+    ("__main__",),
+)
+NUMPY_ONLY = ("_records", "_check", "_heuristics", "_config", "_params", "_replay", "reference")
+# Modules that may import CuPy, and only inside their functions.
+CUPY_INSIDE = (
+    *("_ingest", "_device", "_compile", "_launch"),
+    *("prefill", "skip_softmax"),  # to allocate results and counters
+    *("_demo", "_workloads", "_cli_check", "_cli_info"),
+)
+FRAMEWORKS_INSIDE = ("_demo",)
+LINES = 450
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def without_comments(text: str) -> str:
+    """Blank out comments and keep the line numbers."""
+    return re.sub(
+        r"//[^\n]*|/\*.*?\*/", lambda match: "\n" * match.group().count("\n"), text, flags=re.DOTALL
+    )
+
+
+def lines_with(path: Path, pattern: str) -> list[str]:
+    code = without_comments(path.read_text(encoding="utf-8"))
+    return [
+        f"{name_of(path)}:{number}: {line.strip()}"
+        for number, line in enumerate(code.splitlines(), 1)
+        if re.search(pattern, line)
+    ]
+
+
+def cuda_floor(name: str) -> int:
+    folder = Path(name).parent.as_posix()
+    assert folder in CUDA_FLOORS, f"{name} is in none of the folders {CUDA_FLOORS}"
+    return CUDA_FLOORS.index(folder)
+
+
+def includes(path: Path) -> list[str]:
+    return re.findall(r"^\s*#\s*include\s*(\S+)", path.read_text(encoding="utf-8"), re.MULTILINE)
+
+
+@pytest.mark.parametrize("path", CUDA, ids=name_of)
+def test_includes_go_down(path: Path) -> None:
+    floor = cuda_floor(path.relative_to(KERNELS).as_posix())
+    for include in includes(path):
+        assert re.fullmatch(r"<[\w/]+\.cuh>", include), (
+            f"{name_of(path)} includes {include}; wanted an angle include of a .cuh of kernels/"
+        )
+        target = include[1:-1]
+        assert (KERNELS / target).is_file(), f"{name_of(path)} includes {target}, not in kernels/"
+        assert cuda_floor(target) <= floor, f"{name_of(path)} includes {target}: that goes up"
+
+
+@pytest.mark.parametrize("path", CUDA, ids=name_of)
+def test_instructions_and_branches_keep_to_their_floors(path: Path) -> None:
+    floor = path.relative_to(KERNELS).parts[0]
+    if floor not in ("ptx", "core"):
+        assert not lines_with(path, r"\basm\b"), "asm belongs to kernels/ptx and kernels/core"
+    if floor != "core":
+        assert not lines_with(path, r"^\s*#\s*(if|ifdef|ifndef)\b"), "use if constexpr"
+
+
+@pytest.mark.parametrize("path", [*CUDA, *PYTHON], ids=name_of)
+def test_files_stay_readable(path: Path) -> None:
+    count = len(path.read_text(encoding="utf-8").splitlines())
+    assert count <= LINES, f"{name_of(path)} has {count} lines; {LINES} are the limit"
+
+
+def python_floor(module: str) -> int:
+    for floor, modules in enumerate(PYTHON_FLOORS):
+        if module in modules:
+            return floor
+    raise AssertionError(f"cuattn.{module} has no place in PYTHON_FLOORS")
+
+
+def imports(path: Path) -> Iterator[tuple[str, bool]]:
+    """Yield dotted names imported at run time, each with whether that is inside a function."""
+
+    def visit(node: ast.AST, inside: bool) -> Iterator[tuple[str, bool]]:
+        if isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING"):
+            for child in node.orelse:
+                yield from visit(child, inside)
+            return
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, inside) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            package = ".".join(filter(None, ("cuattn" if node.level else "", node.module)))
+            yield from ((f"{package}.{alias.name}", inside) for alias in node.names)
+        inside = inside or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+        for child in ast.iter_child_nodes(node):
+            yield from visit(child, inside)
+
+    yield from visit(ast.parse(path.read_text(encoding="utf-8")), False)
+
+
+@pytest.mark.parametrize("path", PYTHON, ids=name_of)
+def test_python_imports_go_down(path: Path) -> None:
+    floor = python_floor(path.stem)
+    modules = {other.stem for other in PYTHON}
+    for name, _ in imports(path):
+        package, _, module = name.partition(".")
+        if package != "cuattn":
+            continue
+        module = module.partition(".")[0] or "__init__"
+        if module not in modules:  # a public name: `from cuattn import prefill_ragged`
+            module = "__init__"
+        assert python_floor(module) < floor, f"{name_of(path)} imports cuattn.{module}: not below"
+
+
+@pytest.mark.parametrize("path", PYTHON, ids=name_of)
+def test_foreign_imports_are_the_allowed_ones(path: Path) -> None:
+    for name, inside in imports(path):
+        package = name.partition(".")[0]
+        if package in ("cuattn", "numpy", "ml_dtypes") or package in sys.stdlib_module_names:
+            continue
+        assert path.stem not in NUMPY_ONLY, f"{name_of(path)} imports {name}; NumPy is its limit"
+        if package in ("cupy", "cupyx"):
+            assert path.stem in CUPY_INSIDE and inside, (
+                f"{name_of(path)} imports {name}; that is for functions of {CUPY_INSIDE}"
+            )
+        elif package == "benchmarks":
+            assert path.stem in ("_demo", "__main__") and inside
+        else:
+            assert path.stem in FRAMEWORKS_INSIDE and inside, f"{name_of(path)} imports {name}"
