@@ -14,7 +14,19 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from . import _cli_compile, _cli_info, prefill, prefill_paged, prefill_ragged, reference
+from . import (
+    SkipSoftmax,
+    SkipStats,
+    _check,
+    _cli_compile,
+    _cli_info,
+    _heuristics,
+    prefill,
+    prefill_paged,
+    prefill_ragged,
+    reference,
+)
+from ._records import SkipMode
 
 Array = NDArray[Any]
 
@@ -33,7 +45,7 @@ class Case:
 
 
 def cases() -> list[Case]:
-    """Small calls that between them pass through every branch of the kernel but skipping."""
+    """Small calls that between them pass through every branch of the kernel."""
     draw = np.random.default_rng(0)
 
     def normal(dtype: Any, *shape: int) -> Array:
@@ -51,12 +63,19 @@ def cases() -> list[Case]:
     paged = (normal(bf16, 60, 8, 128), normal(bf16, 24, 2, 2, 16, 128))
     window = {"causal": True, "window_left": 90, "soft_cap": 5.0}
     sinks = {"sinks": draw.standard_normal(4, np.float32)}
+    # The first 64 keys attract every query, so that the tiles after them are skipped.
+    attracted = [normal(np.float32, 1, 400, heads, 128) for heads in (8, 2, 2)]
+    attracted[0] += 1
+    attracted[1][:, :64] += 1
+    skipping = tuple(array.astype(bf16) for array in attracted)
+    skip = {"causal": True, "skip_softmax": SkipSoftmax(threshold=0.05, stats=SkipStats())}
     return [
         Case("bfloat16, causal, 8 query heads and 2 kv heads", prefill, grouped, {"causal": True}),
         Case("float16, causal, window, soft cap", prefill, capped, window),
         Case("head dimensions 192 and 128, sinks", prefill, apart, sinks),
         Case("ragged", prefill_ragged, (*ragged, lengths, lengths), {"causal": True}),
         Case("paged", prefill_paged, (*paged, tables, int32(150, 192), int32(0, 20, 60))),
+        Case("skip-softmax, and what it counts", prefill, skipping, skip),
     ]
 
 
@@ -101,7 +120,7 @@ def report(name: str, compute: Callable[[], str]) -> bool:
 
 
 def compute(case: Case) -> str:
-    """Compare output and LSE of one case; return what is wrong, or nothing."""
+    """Compare output, LSE and skip counts of one case; return what is wrong, or nothing."""
     import cupy
 
     arrays = [cupy.asarray(array) for array in case.arrays]
@@ -110,9 +129,7 @@ def compute(case: Case) -> str:
         for name, value in case.options.items()
     }
     results = case.operation(*arrays, **options, return_lse=True)
-    operation = getattr(reference, case.operation.__name__)
-    exact = operation(*case.arrays, **case.options)
-    plain = operation(*case.arrays, **case.options, arithmetic="float32-plain")
+    exact, plain = expected(case)
     step = STEP[str(case.arrays[0].dtype)]
     for name, result, tolerance in (("out", results[0], step), ("lse", results[1], 2.0**-20)):
         wanted = getattr(exact, name)
@@ -121,8 +138,25 @@ def compute(case: Case) -> str:
             np.abs(wanted) + (name == "lse")
         )
         if not (error <= allowed).all():  # so that NaN is wrong too
-            worst = np.unravel_index(
-                np.argmax(np.where(np.isnan(error), np.inf, error)), error.shape
-            )
+            worst = np.unravel_index(np.nanargmax(error), error.shape)
             return f"{name}{[int(i) for i in worst]} is off by {error[worst]:.3g}"
+    if skip := case.options.get("skip_softmax"):
+        seen = (skip.stats.visited, skip.stats.skipped)
+        counts = (int(exact.visited.sum()), int(exact.skipped.sum()))
+        if seen != counts:
+            return f"{seen[1]} of {seen[0]} votes skipped, wanted {counts[1]} of {counts[0]}"
     return ""
+
+
+def expected(case: Case) -> tuple[reference.Result, reference.Result]:
+    """What a case should give, in float64 and in plain arithmetic."""
+    operation = getattr(reference, case.operation.__name__)
+    options = dict(case.options)
+    device = _cli_info.current_device() or _cli_info.typical(_cli_compile.DEFAULT_ARCH)
+    if "skip_softmax" in options:
+        q, k, v = (_cli_info.packed(array.shape, str(array.dtype)) for array in case.arrays)
+        mode = SkipMode(source="threshold", unsafe=False)
+        problem = _check.batched(q, k, v, _check.Options(causal=options["causal"], skip=mode))
+        options["geometry"] = _heuristics.prefill(problem, device).geometry
+    exact = operation(*case.arrays, **options)
+    return exact, operation(*case.arrays, **options, arithmetic="float32-plain")

@@ -12,8 +12,6 @@ import hashlib
 import json
 import os
 import re
-import secrets
-import tempfile
 import threading
 import time
 import warnings
@@ -32,7 +30,7 @@ _SPILLS = re.compile(r"(\d+) bytes spill (?:stores|loads)")
 _NOTE = re.compile(r"^.*\bC75\d\d\b.*$", re.MULTILINE)
 
 _lock = threading.Lock()
-_private: tempfile.TemporaryDirectory[str] | None = None
+_private: Path | None = None  # folder of this process alone, once one was needed
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,8 +106,7 @@ def load(kernel: str, config: str, arch: str, sources: _sources.Sources | None =
     stem = f"{kernel}-{arch}"
     key = _key(kernel, config, arch, sources)
     shared = cache_dir()
-    private = Path(_private.name) if _private is not None else None
-    for folder in (shared, private):
+    for folder in (shared, _private):
         if folder is not None and (entry := _read(folder, stem, key)):
             return entry
     compiled = compile_kernel(kernel, config, arch, sources)
@@ -191,7 +188,7 @@ def _write(folder: Path, stem: str, key: str, compiled: Compiled) -> Entry:
 
 def _replace(path: Path, content: bytes) -> None:
     """Put `content` at `path` at once: a reader sees the old file or the new one, never a part."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{os.urandom(4).hex()}")
     try:
         temporary.write_bytes(content)
         temporary.replace(path)
@@ -202,14 +199,19 @@ def _replace(path: Path, content: bytes) -> None:
 
 def _private_folder(reason: str) -> Path:
     """Return a folder that dies with this process; the first call warns."""
+    import atexit  # rarely needed, and `import cuattn` is to stay light
+    import shutil
+    import tempfile
+
     global _private
     with _lock:
         if _private is None:
-            _private = tempfile.TemporaryDirectory(prefix="cuattn-")
+            _private = Path(tempfile.mkdtemp(prefix="cuattn-"))
+            atexit.register(shutil.rmtree, _private, ignore_errors=True)
             warnings.warn(
                 f"the kernel cache cannot be written ({reason}), so every process will compile "
                 "anew; set CUATTN_CACHE_DIR to a folder that can be written",
                 RuntimeWarning,
                 stacklevel=2,
             )
-        return Path(_private.name)
+        return _private

@@ -1,4 +1,4 @@
-"""What is fixed when a kernel is compiled.  Twin of kernels/attention/config.cuh, field by field."""
+"""What is fixed when a kernel is compiled.  Twin of kernels/attention/config.cuh."""
 
 from __future__ import annotations
 

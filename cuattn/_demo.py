@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from math import log
 from pathlib import Path
 from typing import Any
@@ -128,7 +129,7 @@ def _why_no_gpu() -> str:
 def _run_gpu(size: Size, options: argparse.Namespace) -> int:
     import cupy
 
-    from . import SkipSoftmax, SkipStats, prefill
+    from . import SkipSoftmax, prefill
 
     name, make = WORKLOADS[options.workload]
     causal = not options.full
@@ -144,30 +145,39 @@ def _run_gpu(size: Size, options: argparse.Namespace) -> int:
         print(f"The dense output is wrong: {error:.2e} from float64, at most {TOLERANCE} wanted.")
         return 1
     out = cupy.empty_like(dense)
-    ms = watch.median_ms(lambda: prefill(*inputs, causal=causal, out=out))
+    ms = watch.median_ms(partial(prefill, *inputs, causal=causal, out=out))
     points = [Point(None, ms, 0.0, 0.0, 0.0, error)]
     _table_head(timed=True)
     _line(points[0], points[0], size.flops(causal))
     identical = None
     for threshold in options.thresholds:
-        unsafe = threshold >= 1
-        stats = SkipStats()
-        counted = SkipSoftmax(threshold=threshold, unsafe=unsafe, stats=stats)
-        skip = SkipSoftmax(threshold=threshold, unsafe=unsafe)
-        kept, kept_lse = prefill(*inputs, causal=causal, skip_softmax=counted, return_lse=True)
+        kept, point = _skip_point(inputs, causal, threshold, lse, exact)
         if threshold == 0:
             identical = bool((kept.view(cupy.uint16) == dense.view(cupy.uint16)).all())
-        dropped = _workloads.dropped_mass(kept_lse, lse, xp=cupy)
-        ms = watch.median_ms(
-            lambda skip=skip: prefill(*inputs, causal=causal, skip_softmax=skip, out=out)
-        )
-        mean, worst = float(dropped.mean()), float(dropped.max())
-        points.append(Point(threshold, ms, stats.rate, mean, worst, exact.error(kept)))
+        skip = SkipSoftmax(threshold=threshold, unsafe=threshold >= 1)
+        run = partial(prefill, *inputs, causal=causal, skip_softmax=skip, out=out)
+        points.append(replace(point, ms=watch.median_ms(run)))
         _line(points[-1], points[0], size.flops(causal))
     _footer(exact, identical, timed=True)
     geometry = _workloads.plan_of(inputs, causal, skip=True).geometry
     _picture(options, size, inputs, points, geometry)
     return int(identical is False)
+
+
+def _skip_point(
+    inputs: Inputs, causal: bool, threshold: float, dense_lse: Any, exact: ExactRows
+) -> tuple[Any, Point]:
+    """The output at one threshold, and what skipping did, not timed."""
+    import cupy
+
+    from . import SkipSoftmax, SkipStats, prefill
+
+    stats = SkipStats()
+    skip = SkipSoftmax(threshold=threshold, unsafe=threshold >= 1, stats=stats)
+    out, lse = prefill(*inputs, causal=causal, skip_softmax=skip, return_lse=True)
+    dropped = _workloads.dropped_mass(lse, dense_lse, xp=cupy)
+    mean, worst = float(dropped.mean()), float(dropped.max())
+    return out, Point(threshold, None, stats.rate, mean, worst, exact.error(out))
 
 
 def _run_reference(size: Size, options: argparse.Namespace) -> int:

@@ -13,7 +13,7 @@ from ._records import Device, Geometry, Plan, Problem
 HEAD_DIMS = (32, 64, 96, 128, 192, 256)
 SHIPPED_HEAD_DIMS = (*((dim, dim) for dim in HEAD_DIMS), (192, 128))
 
-# Bytes of shared memory one block may use, by NVRTC target (what `Device.shared_memory` says there).
+# Bytes of shared memory one block may use, by NVRTC target: `Device.shared_memory` there.
 SHARED_MEMORY = {
     "sm_80": 166_912,
     "sm_86": 101_376,
@@ -22,13 +22,14 @@ SHARED_MEMORY = {
     "sm_100": 232_448,
     "sm_120": 101_376,
 }
+RESERVED = 1024  # bytes that the system takes of every block
 
 
 @lru_cache(maxsize=4096)
 def prefill(problem: Problem, device: Device) -> Plan:
     """Choose kernel, configuration and grid of one prefill call."""
     head_dim_qk, head_dim_v = round_up(problem.head_dim_qk), round_up(problem.head_dim_v)
-    config, reason = _tile(head_dim_qk, head_dim_v, device.shared_memory)
+    config, reason = _tile(head_dim_qk, head_dim_v, problem.soft_cap > 0, device.shared_memory)
     config = replace(
         config,
         element=problem.q.dtype,
@@ -60,27 +61,38 @@ def round_up(head_dim: int) -> int:
     return next(dim for dim in HEAD_DIMS if dim >= head_dim)
 
 
-def _tile(head_dim_qk: int, head_dim_v: int, shared_memory: int) -> tuple[FmhaConfig, str]:
-    """Return tile sizes, and the reason for them."""
+def _tile(
+    head_dim_qk: int, head_dim_v: int, soft_cap: bool, shared_memory: int
+) -> tuple[FmhaConfig, str]:
+    """Return tile sizes, and the reason for them.
+
+    TFLOP/s on an H200, bf16, causal 16k unless said otherwise (rows a warp × keys a tile):
+      128/128  32 × 64: 353    32 × 32: 315    16 × 64: 274    16 × 128: 323
+      192/128  32 × 64, one block: 308    32 × 32, two blocks: 328
+      64/64    32 × 128: 327   32 × 64: 282
+      256/256  (4 × 4096) 16 × 64: 266    16 × 32: 220
+    """
     dims = FmhaConfig(head_dim_qk=head_dim_qk, head_dim_v=head_dim_v)
-    if head_dim_v <= 128:
-        # 32 rows a warp halve the traffic of K and V from shared memory to the tensor cores; with
-        # 64 keys, scores and output fill 192 of the 255 registers at head_dim_v = 128.
-        tile = replace(dims, rows_per_warp=32, block_kv=64)
-        reason = "32 rows a warp, 64 keys a tile"
+    if head_dim_v > 128:
+        # The output of 32 rows would not fit the registers; eight warps fill a multiprocessor.
+        tiles = [replace(dims, rows_per_warp=16, block_kv=keys) for keys in (64, 32)]
+        reason = "16 rows a warp (head_dim_v > 128)"
+        blocks = 1
     else:
-        # The output of 32 rows would not fit the registers: 16 rows a warp, eight warps.
-        tile = replace(dims, rows_per_warp=16, block_kv=32)
-        reason = "16 rows a warp, 32 keys a tile: head_dim_v > 128 leaves no registers for more"
-    for smaller in (
-        {},
-        {"block_kv": 32},
-        {"block_kv": 32, "block_q": 64},
-        {"block_kv": 16, "block_q": 64},
-    ):
-        fitting = replace(tile, **smaller)
-        if fitting.shared_memory <= shared_memory:
-            return fitting, reason if not smaller else f"{reason}; cut to the shared memory"
+        # 32 rows a warp halve the traffic of K and V from shared memory to the tensor cores.
+        reason = "32 rows a warp"
+        sizes: tuple[int, ...] = (64, 32)
+        if max(head_dim_qk, head_dim_v) <= 64 and shared_memory >= SHARED_MEMORY["sm_90a"]:
+            sizes = (128, 64, 32)
+        if soft_cap:  # tanh takes registers that the largest tile does not leave
+            sizes, reason = sizes[1:], "32 rows a warp, a smaller tile for the soft cap"
+        tiles = [replace(dims, rows_per_warp=32, block_kv=keys) for keys in sizes]
+        blocks = 2
+    tiles.append(replace(dims, rows_per_warp=16, block_kv=32, block_q=64))
+    for count in range(blocks, 0, -1):  # four warps alone cannot hide their own latencies
+        for tile in tiles:
+            if count * (tile.shared_memory + RESERVED) <= shared_memory + RESERVED:
+                return tile, f"{reason}, {count} blocks a multiprocessor by shared memory"
     raise AssertionError(f"no tile of {head_dim_qk}/{head_dim_v} fits {shared_memory} bytes")
 
 
@@ -95,7 +107,7 @@ def shipped_configs(arch: str) -> list[tuple[str, FmhaConfig]]:
         (
             "fmha_sm80",
             replace(
-                _tile(qk, v, shared_memory)[0],
+                _tile(qk, v, soft_cap, shared_memory)[0],
                 element=element,
                 output=element,
                 paged=paged,

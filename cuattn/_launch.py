@@ -72,7 +72,7 @@ class Launch:
             )
 
 
-# --- streams ---------------------------------------------------------------------------------------
+# --- streams --------------------------------------------------------------------------------------
 
 
 class Order:
@@ -130,7 +130,7 @@ def _wait(waiting: int, awaited: int) -> None:
     runtime.streamWaitEvent(waiting, event.ptr)
 
 
-# --- lifetimes -------------------------------------------------------------------------------------
+# --- lifetimes ------------------------------------------------------------------------------------
 
 _held: deque[tuple[Any, list[Any]]] = deque()  # (event after the launch, owners it still reads)
 

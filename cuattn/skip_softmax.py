@@ -159,9 +159,9 @@ class SkipSoftmax:
             return  # a live array: its shape is checked against each call
         if isinstance(value, bool) or not isinstance(value, Real):
             raise TypeError(f"{given[0]} is {value!r}; wanted a number")
-        if not math.isfinite(value) or value < 0:
+        if not math.isfinite(value) or float(value) < 0:
             raise ValueError(f"{given[0]} is {value!r}; wanted a finite number ≥ 0")
-        if given[0] == "threshold" and value >= 1 and not self.unsafe:
+        if given[0] == "threshold" and float(value) >= 1 and not self.unsafe:
             raise ValueError(
                 f"threshold is {value!r}; wanted below 1, or unsafe=True, since λ ≥ 1 may drop "
                 "every tile after the first"

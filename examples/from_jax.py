@@ -19,7 +19,7 @@ def paragraphs(seq: int, heads: int, dim: int) -> tuple[jax.Array, ...]:
     first, second = jax.random.split(jax.random.key(0))
     topic = jax.random.normal(first, (seq // 64, heads, dim))
     noise = jax.random.normal(second, (3, 1, seq, heads, dim))
-    alike = jnp.repeat(topic, 64, axis=0)
+    alike = 1.5 * jnp.repeat(topic, 64, axis=0)
     q, k, v = alike + 0.3 * noise[0], alike + 0.3 * noise[1], noise[2]
     return tuple(x.astype(jnp.bfloat16) for x in (q, k, v))
 
@@ -37,15 +37,16 @@ def main() -> None:
     print(f"dense: {out.shape} {out.dtype}, at most {error:.4f} from JAX's")
     assert error < 0.05
 
-    skip = cuattn.SkipSoftmax(threshold=0.01, stats=cuattn.SkipStats())
+    stats = cuattn.SkipStats()
+    skip = cuattn.SkipSoftmax(threshold=0.01, stats=stats)
     sparse = jnp.from_dlpack(cuattn.prefill(q, k, v, causal=True, skip_softmax=skip))
 
     change = float(jnp.abs(sparse - out).max())
     print(
-        f"skip:  {skip.stats.skipped} of {skip.stats.visited} tiles ({skip.stats.rate:.0%}), "
+        f"skip:  {stats.skipped} of {stats.visited} tiles ({stats.rate:.0%}), "
         f"outputs moved by at most {change:.4f}"
     )
-    assert skip.stats.rate > 0.3
+    assert stats.rate > 0.3
 
 
 if __name__ == "__main__":

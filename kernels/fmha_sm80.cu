@@ -17,6 +17,7 @@
 #include <attention/params.cuh>
 #include <attention/schedule.cuh>
 #include <attention/skip_softmax.cuh>
+#include <attention/soft_cap.cuh>
 #include <ptx/cp_async.cuh>
 #include <ptx/sync.cuh>
 #include <tile/copy.cuh>
@@ -56,74 +57,110 @@ struct Shared {
 struct WarpState {
   float output[row_tiles][value_tiles][4];  // O, not yet divided by the row sums
   RowStatistics<row_tiles> rows;
+  SkipRule skip;
+  float squash_factor;  // with a cap, scores are tanh(Q Kᵀ · squash_factor)
+  float scale;          // from scores to log2 units
 };
 
-// One tile of keys for one warp's rows.
-DEVICE void compute_tile(WarpState& state, SkipRule& skip, const Shared& shared, int32 step,
-                         const Visibility& visibility, int32 warp_row, int32 first_row, Range keys,
-                         float squash_factor, float scale) {
+DEVICE WarpState begin(const FmhaParams& params, const Work& work) {
+  const float given = params.scale_array ? *params.scale_array : params.scale;
+  const float scale = (config.soft_cap ? params.soft_cap : given) * log2_e;
+  const float lambda = skip_lambda(params, work.request, work.head, work.kv_len);
+  WarpState state{.skip = SkipRule(lambda, scale), .scale = scale};
+  if constexpr (config.soft_cap) {
+    state.squash_factor = given * reciprocal_approximate(params.soft_cap);
+  }
+  clear(state.output);
+  return state;
+}
+
+// One tile of keys for one warp's rows, which start at `warp_row` of the block's.
+DEVICE void compute_tile(WarpState& state, const Shared& shared, const Visibility& visibility,
+                         int32 step, int32 warp_row, Range keys) {
   float scores[row_tiles][key_tiles][4];  // S
   multiply_qk<config.head_dim_qk, Input>(scores, row_reader(shared.q, warp_row),
                                          column_reader(shared.k.tile(step)));
-  if constexpr (config.soft_cap) squash(scores, squash_factor);
-  if (!visibility.sees_all(first_row, config.rows_per_warp, keys)) {
-    mask_scores(scores, visibility, first_row, keys.begin);
+  if constexpr (config.soft_cap) squash(scores, state.squash_factor);
+  if (!visibility.sees_all(warp_row, config.rows_per_warp, keys)) {
+    mask_scores(scores, visibility, warp_row, keys.begin);
   }
 
   float tile_maxima[row_tiles][2];
   row_maxima(tile_maxima, scores);
   if constexpr (config.skip_softmax) {
-    if (skip.vote(tile_maxima, state.rows.maximum)) return;
+    if (state.skip.vote(tile_maxima, state.rows.maximum)) return;
   }
-  raise_maxima(state.rows, tile_maxima, state.output, scale);
+  raise_maxima(state.rows, tile_maxima, state.output, state.scale);
   const auto v = row_reader(shared.v.tile(step));
 #pragma unroll
   for (int32 key_step = 0; key_step < key_tiles / 2; ++key_step) {
     uint32 probabilities[row_tiles][4];  // P of 16 keys
-    exponentiate<Input>(probabilities, state.rows, scores, key_step, scale);
+    exponentiate<Input>(probabilities, state.rows, scores, key_step, state.scale);
     multiply_pv<Input>(state.output, probabilities, v, key_step);
+  }
+}
+
+// Write this warp's rows, and its counts.
+DEVICE void finish(const FmhaParams& params, const WarpState& state) {
+  // NOTE: looked up again: to keep it through the loop of tiles would cost registers there.
+  const Work work = find_work<config.block_q>(params, recomputed(block_index()));
+  const int32 outer = params.cu_seqlens_q ? 0 : work.request;
+  const int32 first_row = work.first_row + warp_index() * config.rows_per_warp;
+  const int64 lse_start = outer * params.lse_strides.outer + work.q_start * params.lse_strides.row +
+                          work.head * params.lse_strides.head;
+  const RowTarget<Output> target{
+      .out = static_cast<Output*>(params.out) + outer * params.out_strides.outer +
+             work.q_start * params.out_strides.row + work.head * params.out_strides.head,
+      .lse = params.lse ? params.lse + lse_start : nullptr,
+      .out_stride = params.out_strides.row,
+      .lse_stride = params.lse_strides.row,
+      .rows = work.q_len,
+      .columns = params.head_dim_v};
+  const Finish finish{
+      .scale = state.scale,
+      .out_scale = params.out_scale_array ? *params.out_scale_array : params.out_scale,
+      .has_sink = params.sinks != nullptr,
+      .sink = params.sinks ? params.sinks[work.head] * log2_e : 0.f};
+  write_rows(target, state.output, state.rows, finish, first_row);
+  if constexpr (config.skip_softmax) {
+    const Visibility visibility{work.q_len, work.kv_len, params.causal, params.window_left};
+    const Range keys = visibility.keys_of_rows(first_row, config.rows_per_warp);
+    const float lambda = skip_lambda(params, work.request, work.head, work.kv_len);
+    report_skips(params, work.request, work.head, TileOrder(keys, config.block_kv).count,
+                 state.skip.skipped, lambda < 0.f);
   }
 }
 
 KERNEL void __launch_bounds__(config.threads())
     fmha_sm80(const __grid_constant__ FmhaParams params) {
-  const Work work = find_work<config.block_q>(params);
+  const Work work = find_work<config.block_q>(params, block_index());
   if (!work.exists || work.first_row < 0) return;
   const Shared shared;
-  const int32 kv_head = work.head / params.group;
+  const Visibility visibility =  // rows counted from the block's first
+      Visibility{work.q_len, work.kv_len, params.causal, params.window_left}.from(work.first_row);
+  const TileOrder order(visibility.keys_of_rows(0, config.block_q), config.block_kv);
+
   const int32 outer_q = params.cu_seqlens_q ? 0 : work.request;
   const int32 outer_kv = params.cu_seqlens_kv ? 0 : work.request;
-
-  // With a cap, scores are tanh(Q Kᵀ · scale / cap) and their unit is the cap.
-  const float given_scale = params.scale_array ? *params.scale_array : params.scale;
-  const float squash_factor =
-      config.soft_cap ? given_scale * reciprocal_approximate(params.soft_cap) : 0.f;
-  const float scale = (config.soft_cap ? params.soft_cap : given_scale) * log2_e;
-
-  const Visibility visibility{work.q_len, work.kv_len, params.causal, params.window_left};
-  const Range block_keys = visibility.keys_of_rows(work.first_row, config.block_q);
-  const TileOrder order(block_keys, config.block_kv);
+  const int32 kv_head = work.head / params.group;
+  const auto q_source = KvSource<false>::make(params.q, params.q_strides, params, outer_q,
+                                              work.q_start + work.first_row, work.head, 0);
   const auto k_source = Source::make(params.k, params.k_strides, params, outer_kv, work.kv_start,
                                      kv_head, work.kv_len);
   const auto v_source = Source::make(params.v, params.v_strides, params, outer_kv, work.kv_start,
                                      kv_head, work.kv_len);
-  const StridedRows q_source = KvSource<false>::make(params.q, params.q_strides, params, outer_q,
-                                                     work.q_start, work.head, 0);
-
   const auto request_keys = [&](int32 step) {
+    // NOTE: worked out again for every tile rather than kept, which would cost registers.
+    const Range seen = visibility.keys_of_rows(recomputed(0), config.block_q);
     const int32 first_key = order.at(step) * config.block_kv;
-    request_tile<config.threads()>(shared.k.tile(step), k_source, first_key, block_keys,
+    request_tile<config.threads()>(shared.k.tile(step), k_source, first_key, seen,
                                    params.head_dim_qk);
-    request_tile<config.threads()>(shared.v.tile(step), v_source, first_key, block_keys,
+    request_tile<config.threads()>(shared.v.tile(step), v_source, first_key, seen,
                                    params.head_dim_v);
   };
 
-  WarpState state;
-  clear(state.output);
-  SkipRule skip(params, work.request, work.head, work.kv_len, scale);
-
-  request_tile<config.threads()>(shared.q, q_source, work.first_row, {0, work.q_len},
-                                 params.head_dim_qk);
+  WarpState state = begin(params, work);
+  request_tile<config.threads()>(shared.q, q_source, 0, {0, visibility.q_len}, params.head_dim_qk);
   if (order.count > 0) request_keys(0);
   cp_async_commit();
   for (int32 step = 0; step < order.count; ++step) {
@@ -132,28 +169,12 @@ KERNEL void __launch_bounds__(config.threads())
     if (step + 1 < order.count) request_keys(step + 1);
     cp_async_commit();
     const int32 warp_row = recomputed(warp_index()) * config.rows_per_warp;
-    const int32 first_row = work.first_row + warp_row;
     const int32 first_key = order.at(step) * config.block_kv;
     const Range keys{first_key, first_key + config.block_kv};
-    if (visibility.sees_any(first_row, config.rows_per_warp, keys)) {
-      compute_tile(state, skip, shared, step, visibility, warp_row, first_row, keys, squash_factor,
-                   scale);
+    if (visibility.sees_any(warp_row, config.rows_per_warp, keys)) {
+      compute_tile(state, shared, visibility, step, warp_row, keys);
     }
   }
-  cp_async_wait<0>();
-
-  const bool has_sink = params.sinks != nullptr;
-  const float sink = has_sink ? params.sinks[work.head] * log2_e : 0.f;
-  const float out_scale = params.out_scale_array ? *params.out_scale_array : params.out_scale;
-  Output* out = static_cast<Output*>(params.out) + outer_q * params.out_strides.outer +
-                work.q_start * params.out_strides.row + work.head * params.out_strides.head;
-  float* lse = params.lse;
-  if (lse) {
-    lse += outer_q * params.lse_strides.outer + work.q_start * params.lse_strides.row +
-           work.head * params.lse_strides.head;
-  }
-  const int32 first_row = work.first_row + warp_index() * config.rows_per_warp;
-  write_rows(params, out, lse, state.output, state.rows, first_row, work.q_len, scale, has_sink,
-             sink, out_scale);
-  if constexpr (config.skip_softmax) skip.report(params, work.request, work.head);
+  cp_async_wait<0>();  // Q and nothing else was requested where no key is seen
+  finish(params, state);
 }

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 pytest.importorskip("cupy")
@@ -148,6 +149,22 @@ def test_check_tells_right_from_wrong(capsys: pytest.CaptureFixture[str]) -> Non
     assert right.startswith("ok")
     assert wrong.startswith("fail") and "off by 3" in wrong
     assert broken.startswith("fail") and "ZeroDivisionError" in broken
+
+
+@pytest.mark.parametrize("case", _cli_check.cases(), ids=lambda case: case.name)
+def test_check_cases_have_an_answer(case: _cli_check.Case) -> None:
+    exact, plain = _cli_check.expected(case)
+    assert np.isfinite(exact.out).all()
+    assert 0 < np.abs(plain.out.astype(np.float64) - exact.out).max() < 0.1
+    if "skip_softmax" in case.options:
+        assert exact.skipped.sum() > 0.5 * exact.visited.sum()
+        assert exact.margin > 1e-3  # no vote is so close that rounding could turn it
+
+
+@pytest.mark.gpu
+def test_check_passes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["check"]) == 0
+    assert capsys.readouterr().out.count("\nok") == len(_cli_check.cases())
 
 
 def test_bench_outside_a_checkout_says_what_to_do(

@@ -30,8 +30,8 @@ def test_imports_neither_cupy_nor_a_framework(module: str) -> None:
 
 def test_costs_little_beyond_numpy() -> None:
     code = (
-        "import time, numpy; start = time.perf_counter(); import cuattn; "
-        "print(time.perf_counter() - start)"
+        "import time, numpy; start = time.process_time(); import cuattn; "
+        "print(time.process_time() - start)"  # of this process alone: other tests run beside it
     )
     seconds = min(float(fresh(code)) for _ in range(5))
     assert seconds <= SECONDS, f"import cuattn took {seconds:.3f} s beyond numpy's"

@@ -20,10 +20,11 @@ CUDA_FLOORS = ("core", "ptx", "tile", "attention", ".")  # "." holds the kernels
 # A module imports only from the lines above its own.
 PYTHON_FLOORS = (
     ("_records",),
-    ("_sources", "_config", "_device"),
+    ("_sources", "_config", "_device", "_overlap"),
     ("_compile", "_params", "_replay"),
     ("_ingest", "_check", "_heuristics", "_launch", "reference"),
     ("skip_softmax", "_workloads"),
+    ("_call",),
     ("prefill",),
     ("__init__",),
     ("_demo", "_cli_compile"),
@@ -31,11 +32,11 @@ PYTHON_FLOORS = (
     ("_cli_check",),
     ("__main__",),
 )
-NUMPY_ONLY = ("_records", "_check", "_heuristics", "_config", "_params", "_replay", "reference")
+NUMPY_ONLY = ("_records", "_check", "_heuristics", "_config", "_params", "_overlap", "_replay", "reference")
 # Modules that may import CuPy, and only inside their functions.
 CUPY_INSIDE = (
     *("_ingest", "_device", "_compile", "_launch"),
-    *("prefill", "skip_softmax"),  # to allocate results and counters
+    *("_call", "skip_softmax"),  # to allocate results and counters
     *("_demo", "_workloads", "_cli_check", "_cli_info"),
 )
 FRAMEWORKS_INSIDE = ("_demo",)

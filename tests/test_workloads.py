@@ -65,7 +65,7 @@ def test_w0_skip_rate_at_one_is_the_formula(rows: int, tiles: int) -> None:
     geometry = Geometry(block_q=rows, block_kv=16, rows_per_vote=rows)
     size = Size(1, 16 * tiles, 4, 4)
     q, k, v = (x[0] for x in iid(size, dtype=np.float32))
-    result = reference.attention(q, k, v, skip=1.0, unsafe=True, geometry=geometry)
+    result = reference.attention(q[:256], k, v, skip=1.0, unsafe=True, geometry=geometry)
     rate = result.skipped.sum() / result.visited.sum()
     assert rate == pytest.approx(iid_skip_rate(tiles, rows), abs=0.02)
     assert 0.05 < rate < 0.95

@@ -12,6 +12,9 @@
 struct Visibility {
   int32 q_len, kv_len, causal, window_left;
 
+  // The same with rows counted from `row`.
+  DEVICE Visibility from(int32 row) const { return {q_len - row, kv_len, causal, window_left}; }
+
   // Rows past the last one see nothing.
   DEVICE Range keys_of(int32 row) const {
     if (row >= q_len) return {0, 0};
@@ -45,17 +48,18 @@ template <int32 row_tiles, int32 key_tiles>
 DEVICE void mask_scores(float (&scores)[row_tiles][key_tiles][4], const Visibility& visibility,
                         int32 first_row, int32 first_key) {
   const int32 row = first_row + int32(recomputed(fragment_row()));
-  const int32 key = first_key + fragment_column();
+  const int32 key = first_key + fragment_column();  // of this lane's first score
 #pragma unroll
   for (int32 r = 0; r < row_tiles; ++r)
 #pragma unroll
     for (int32 half = 0; half < 2; ++half) {
       const Range keys = visibility.keys_of(row + r * 16 + half * 8);
+      const Range columns{keys.begin - key, keys.end - key};
 #pragma unroll
       for (int32 c = 0; c < key_tiles; ++c)
 #pragma unroll
         for (int32 i = 0; i < 2; ++i) {
-          if (!keys.contains(key + c * 8 + i)) scores[r][c][half * 2 + i] = -infinity();
+          if (!columns.contains(c * 8 + i)) scores[r][c][half * 2 + i] = -infinity();
         }
     }
 }

@@ -94,18 +94,3 @@ DEVICE void exponentiate(uint32 (&probabilities)[row_tiles][4], RowStatistics<ro
       }
     }
 }
-
-// scores → tanh(scores · factor), for a cap on the logits: tanh x = 1 − 2 / (1 + exp(2x)).
-template <int32 row_tiles, int32 key_tiles>
-DEVICE void squash(float (&scores)[row_tiles][key_tiles][4], float factor) {
-  const float doubled = 2.f * log2_e * factor;
-#pragma unroll
-  for (int32 r = 0; r < row_tiles; ++r)
-#pragma unroll
-    for (int32 c = 0; c < key_tiles; ++c)
-#pragma unroll
-      for (int32 i = 0; i < 4; ++i) {
-        const float grown = exp2_approximate(scores[r][c][i] * doubled);
-        scores[r][c][i] = 1.f - 2.f * reciprocal_approximate(1.f + grown);
-      }
-}

@@ -18,47 +18,61 @@ DEVICE void store_pair(float* target, float first, float second) {
   *reinterpret_cast<FloatPair*>(target) = {first, second};
 }
 
-// A row's maximum and sum, finished: what its output is multiplied by, and its log-sum-exp.
+// What turns a row's maximum and sum into its result.
+struct Finish {
+  float scale;      // of the scores, log2 e included
+  float out_scale;  // multiplies O
+  bool has_sink;
+  float sink;  // log2 units: one more logit in the denominator
+};
+
+// What a row's output is multiplied by, and its log-sum-exp.
 struct RowResult {
   float factor, lse;
 };
 
-// An attention sink is one more logit (in log2 units) in the denominator.  A row that saw no key is
-// 0, its LSE −∞, sink or not.
-DEVICE RowResult finish_row(float maximum, float sum, float scale, bool has_sink, float sink,
-                            float out_scale) {
+// A row that saw no key is 0, its LSE −∞, sink or not.
+DEVICE RowResult finish_row(float maximum, float sum, const Finish& finish) {
   if (maximum == -infinity()) return {0.f, -infinity()};
-  const float row_maximum = maximum * scale;
-  const float reference = has_sink ? fmaxf(row_maximum, sink) : row_maximum;
+  const float row_maximum = maximum * finish.scale;
+  const float reference = finish.has_sink ? fmaxf(row_maximum, finish.sink) : row_maximum;
   const float shrink = exp2_approximate(row_maximum - reference);
-  const float total = sum * shrink + (has_sink ? exp2_approximate(sink - reference) : 0.f);
-  return {shrink * out_scale * reciprocal_approximate(total),
+  const float sink = finish.has_sink ? exp2_approximate(finish.sink - reference) : 0.f;
+  const float total = fmaf(sum, shrink, sink);
+  return {shrink * finish.out_scale * reciprocal_approximate(total),
           (reference + log2_approximate(total)) * ln_2};
 }
 
-// Write rows `first_row`, … below `q_len` and columns below `head_dim_v` of O, and LSE if wanted.
-// `out` and `lse` point at row 0 of the request and head.
+// Where one head's rows of one request go.
+template <typename Output>
+struct RowTarget {
+  Output* out;
+  float* lse;  // may be null
+  int64 out_stride, lse_stride;
+  int32 rows, columns;
+};
+
+// Write rows `first_row`, … of O, and LSE if wanted.
 template <typename Output, int32 row_tiles, int32 value_tiles>
-DEVICE void write_rows(const FmhaParams& params, Output* out, float* lse,
+DEVICE void write_rows(const RowTarget<Output>& target,
                        const float (&output)[row_tiles][value_tiles][4],
-                       const RowStatistics<row_tiles>& rows, int32 first_row, int32 q_len,
-                       float scale, bool has_sink, float sink, float out_scale) {
+                       const RowStatistics<row_tiles>& statistics, const Finish& finish,
+                       int32 first_row) {
 #pragma unroll
   for (int32 r = 0; r < row_tiles; ++r)
 #pragma unroll
     for (int32 half = 0; half < 2; ++half) {
       const int32 row = first_row + r * 16 + half * 8 + fragment_row();
-      const float sum = quad_sum(rows.sum[r][half]);
-      const RowResult result =
-          finish_row(rows.maximum[r][half], sum, scale, has_sink, sink, out_scale);
-      if (row >= q_len) continue;
-      if (lse && fragment_column() == 0) lse[row * params.lse_strides.row] = result.lse;
-      Output* target = out + row * params.out_strides.row;
+      const float sum = quad_sum(statistics.sum[r][half]);
+      const RowResult result = finish_row(statistics.maximum[r][half], sum, finish);
+      if (row >= target.rows) continue;
+      if (target.lse && fragment_column() == 0) target.lse[row * target.lse_stride] = result.lse;
 #pragma unroll
       for (int32 c = 0; c < value_tiles; ++c) {
         const int32 column = c * 8 + fragment_column();
-        if (column < params.head_dim_v) {
-          store_pair(target + column, output[r][c][half * 2] * result.factor,
+        if (column < target.columns) {
+          store_pair(target.out + row * target.out_stride + column,
+                     output[r][c][half * 2] * result.factor,
                      output[r][c][half * 2 + 1] * result.factor);
         }
       }

@@ -50,9 +50,9 @@ DEVICE bool find_request(const FmhaParams& params, int32& request, int32& slot) 
 }
 
 template <int32 block_q>
-DEVICE Work find_work(const FmhaParams& params) {
-  const int32 rest = block_index() / params.q_blocks;
-  int32 slot = block_index() % params.q_blocks;
+DEVICE Work find_work(const FmhaParams& params, uint32 block) {
+  const int32 rest = block / params.q_blocks;
+  int32 slot = block % params.q_blocks;
   Work work{};
   work.head = rest % params.q_heads;
   work.request = rest / params.q_heads;
