@@ -88,12 +88,13 @@ def _tile(
             sizes, reason = sizes[1:], "32 rows a warp, a smaller tile for the soft cap"
         tiles = [replace(dims, rows_per_warp=32, block_kv=keys) for keys in sizes]
         blocks = 2
-    tiles.append(replace(dims, rows_per_warp=16, block_kv=32, block_q=64))
     for count in range(blocks, 0, -1):  # four warps alone cannot hide their own latencies
         for tile in tiles:
             if count * (tile.shared_memory + RESERVED) <= shared_memory + RESERVED:
                 return tile, f"{reason}, {count} blocks a multiprocessor by shared memory"
-    raise AssertionError(f"no tile of {head_dim_qk}/{head_dim_v} fits {shared_memory} bytes")
+    small = replace(dims, rows_per_warp=16, block_kv=32, block_q=64)
+    assert small.shared_memory <= shared_memory, f"{small} does not fit {shared_memory} bytes"
+    return small, "64 rows a block: no larger tile fits the shared memory"
 
 
 def shipped_configs(arch: str) -> list[tuple[str, FmhaConfig]]:

@@ -118,9 +118,9 @@ def vote(scores: Array, visible: Array, log_threshold: Array, geometry: Geometry
     tile_max[:, :rows] = np.fmax.reduceat(scores, starts, axis=2)
     tile_max = np.where(np.isnan(tile_max), -np.inf, tile_max)
     tile_max = tile_max.reshape(heads, groups, group_rows, len(starts))
-    seen = np.zeros((groups * group_rows, len(starts)), bool)
+    seen: Array = np.zeros((groups * group_rows, len(starts)), bool)
     seen[:rows] = np.logical_or.reduceat(visible, starts, axis=1)
-    seen = seen.reshape(groups, group_rows, -1).any(axis=1)  # [group, tile]
+    seen = np.logical_or.reduce(seen.reshape(groups, group_rows, -1), axis=1)  # [group, tile]
 
     running_max = np.full((heads, groups, group_rows), -np.inf)
     dropped = np.zeros((heads, groups, len(starts)), bool)
@@ -174,7 +174,7 @@ def weigh(
     """Softmax over kept keys times V: [head, row, dim] and LSE [head, row]."""
     inner = scores.dtype.type
     row_max = np.where(kept, scores, inner(-np.inf)).max(axis=2, initial=inner(-np.inf))
-    sees_none = ~kept.any(axis=2)
+    sees_none: Array = ~np.logical_or.reduce(kept, axis=2)
     if options.sinks is not None:
         row_max = np.maximum(row_max, options.sinks.astype(inner)[:, None])
     row_max = np.where(sees_none | (row_max == -np.inf), inner(0), row_max)

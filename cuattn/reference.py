@@ -271,9 +271,11 @@ def prefill(
     batch, q_len, heads, _ = q.shape
     cu_q = np.arange(batch + 1) * q_len
     cu_kv = np.arange(batch + 1) * k.shape[1]
-    flat = [x.reshape(-1, *x.shape[2:]) for x in (q, k, v)]
+    flat_q, flat_k, flat_v = (x.reshape(-1, *x.shape[2:]) for x in (q, k, v))
     result = prefill_ragged(
-        *flat,
+        flat_q,
+        flat_k,
+        flat_v,
         cu_q,
         cu_kv,
         causal=causal,

@@ -33,6 +33,8 @@ class SkipStats:
 
     def __init__(self) -> None:
         self._counts: Any = None  # cupy uint64 [visited, skipped, ineligible][batch, heads]
+        self._place: tuple[int, int, int] | None = None  # batch, heads, device
+        self._used = False  # since the last reset
 
     @property
     def visited(self) -> int:
@@ -60,22 +62,29 @@ class SkipStats:
         return dict(zip(PLANES, self._read(), strict=True))
 
     def reset(self) -> None:
-        """Forget all counts; the next call may have another batch size or number of heads."""
-        self._counts = None
+        """Set all counts to 0, where they are: a captured graph goes on adding to them.
+
+        The next call may have another batch size or number of heads; it then gets other counters.
+        """
+        if self._counts is not None:
+            self._counts.fill(0)
+        self._used = False
 
     def counts(self, batch: int, heads: int, device: int) -> Any:
         """Return the device array ``[3, batch, heads]``, made of zeros if there is none yet."""
-        if self._counts is None:
+        place = (batch, heads, device)
+        if self._counts is None or (self._place != place and not self._used):
             import cupy
 
             with cupy.cuda.Device(device):
                 self._counts = cupy.zeros((len(PLANES), batch, heads), np.uint64)
-        elif self._counts.shape[1:] != (batch, heads) or self._counts.device.id != device:
+            self._place = place
+        elif self._place != place:
             raise ValueError(
-                f"skip_softmax.stats counts [batch, heads] = {self._counts.shape[1:]} on device "
-                f"{self._counts.device.id}; wanted {(batch, heads)} on device {device}, so call "
-                "its reset() first"
+                f"skip_softmax.stats counts (batch, heads, device) = {self._place}; wanted {place}, "
+                "so call its reset() first"
             )
+        self._used = True
         return self._counts
 
     def _read(self) -> np.ndarray:

@@ -152,7 +152,7 @@ KERNEL void __launch_bounds__(config.threads())
   const auto request_keys = [&](int32 step) {
     // NOTE: worked out again for every tile rather than kept, which would cost registers.
     const Range seen = visibility.keys_of_rows(recomputed(0), config.block_q);
-    const int32 first_key = order.at(step) * config.block_kv;
+    const int32 first_key = TileOrder(seen, config.block_kv).at(step) * config.block_kv;
     request_tile<config.threads()>(shared.k.tile(step), k_source, first_key, seen,
                                    params.head_dim_qk);
     request_tile<config.threads()>(shared.v.tile(step), v_source, first_key, seen,
@@ -160,9 +160,12 @@ KERNEL void __launch_bounds__(config.threads())
   };
 
   WarpState state = begin(params, work);
-  request_tile<config.threads()>(shared.q, q_source, 0, {0, visibility.q_len}, params.head_dim_qk);
-  if (order.count > 0) request_keys(0);
-  cp_async_commit();
+  if (order.count > 0) {
+    request_tile<config.threads()>(shared.q, q_source, 0, {0, visibility.q_len},
+                                   params.head_dim_qk);
+    request_keys(0);
+    cp_async_commit();
+  }
   for (int32 step = 0; step < order.count; ++step) {
     cp_async_wait<0>();  // this thread's part of tile `step` has landed
     sync_block();        // everyone's has, and nobody reads tile `step − 1` any more
@@ -175,6 +178,5 @@ KERNEL void __launch_bounds__(config.threads())
       compute_tile(state, shared, visibility, step, warp_row, keys);
     }
   }
-  cp_async_wait<0>();  // Q and nothing else was requested where no key is seen
   finish(params, state);
 }

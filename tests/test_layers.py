@@ -32,7 +32,16 @@ PYTHON_FLOORS = (
     ("_cli_check",),
     ("__main__",),
 )
-NUMPY_ONLY = ("_records", "_check", "_heuristics", "_config", "_params", "_overlap", "_replay", "reference")
+NUMPY_ONLY = (
+    "_records",
+    "_check",
+    "_heuristics",
+    "_config",
+    "_params",
+    "_overlap",
+    "_replay",
+    "reference",
+)
 # Modules that may import CuPy, and only inside their functions.
 CUPY_INSIDE = (
     *("_ingest", "_device", "_compile", "_launch"),

@@ -1,0 +1,80 @@
+"""A smoke set for compute-sanitizer: small calls that touch every edge, each checked.
+
+    compute-sanitizer --tool memcheck python -m tests.sanitize        (also racecheck, initcheck)
+
+CuPy's memory pool is off, so that an access past an array leaves its allocation.
+"""
+
+from __future__ import annotations
+
+import cupy
+import ml_dtypes
+import numpy as np
+
+import cuattn
+from cuattn import reference
+
+rng = np.random.default_rng(0)
+
+
+def random(*shape: int) -> np.ndarray:
+    return rng.standard_normal(shape).astype(np.float32).astype(ml_dtypes.bfloat16)
+
+
+def to_device(x: np.ndarray) -> cupy.ndarray:
+    if x.dtype == ml_dtypes.bfloat16:
+        return cupy.asarray(x.view(np.uint16)).view(x.dtype)
+    return cupy.asarray(x)
+
+
+def check(name: str, out: cupy.ndarray, expected: np.ndarray) -> None:
+    actual = out.view(np.uint16).get().view(ml_dtypes.bfloat16).astype(np.float64)
+    error = np.linalg.norm(actual - expected) / np.linalg.norm(expected)
+    assert error < 1e-2, f"{name}: relative error {error}"
+    print(f"{name}: relative error {error:.1e}")
+
+
+def batched(dim: int, dim_v: int, **options: object) -> None:
+    q, k, v = random(1, 150, 2, dim), random(1, 203, 1, dim), random(1, 203, 1, dim_v)
+    out = cuattn.prefill(*map(to_device, (q, k, v)), **options)
+    check(f"batched {dim}/{dim_v} {options}", out, reference.prefill(q, k, v, **options).out)
+
+
+def ragged() -> None:
+    ends_q = np.array([0, 130, 130, 137], np.int32)
+    ends_kv = np.array([0, 140, 150, 159], np.int32)
+    q, k, v = random(137, 2, 64), random(159, 2, 64), random(159, 2, 64)
+    arrays = (q, k, v, ends_q, ends_kv)
+    out = cuattn.prefill_ragged(*map(to_device, arrays), causal=True)
+    check("ragged", out, reference.prefill_ragged(*arrays, causal=True).out)
+
+
+def paged() -> None:
+    cache = random(12, 2, 2, 16, 128)
+    tables = np.array([[7, 3, 11, 0, 2], [5, 1, -1, 99, 4]], np.int32)
+    lengths, ends = np.array([77, 30], np.int32), np.array([0, 40, 49], np.int32)
+    q = random(49, 4, 128)
+    arrays = (q, cache, tables, lengths, ends)
+    out = cuattn.prefill_paged(*map(to_device, arrays))
+    check("paged", out, reference.prefill_paged(*arrays, causal=True).out)
+
+
+def skipping() -> None:
+    stats = cuattn.SkipStats()
+    q, k, v = random(1, 300, 2, 128), random(1, 300, 2, 128), random(1, 300, 2, 128)
+    skip = cuattn.SkipSoftmax(threshold=0.5, stats=stats)
+    cuattn.prefill(*map(to_device, (q, k, v)), causal=True, skip_softmax=skip)
+    assert 0 < stats.skipped < stats.visited, (stats.skipped, stats.visited)
+    print(f"skipping: {stats.skipped} of {stats.visited} tiles")
+
+
+if __name__ == "__main__":
+    cupy.cuda.set_allocator(None)
+    for dims in ((128, 128), (64, 64), (40, 72), (192, 128), (256, 256)):
+        batched(*dims, causal=True)
+    batched(128, 128)
+    batched(96, 96, window_left=50, causal=True)
+    batched(128, 128, soft_cap=20.0)
+    ragged()
+    paged()
+    skipping()
