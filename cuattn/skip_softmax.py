@@ -81,8 +81,8 @@ class SkipStats:
             self._place = place
         elif self._place != place:
             raise ValueError(
-                f"skip_softmax.stats counts (batch, heads, device) = {self._place}; wanted {place}: "
-                "call its reset() first"
+                f"skip_softmax.stats counts (batch, heads, device) = {self._place}; wanted "
+                f"{place}, so call its reset() first"
             )
         self._used = True
         return self._counts
