@@ -66,7 +66,12 @@ def measure(skip: bool, cache: str) -> dict[str, float]:
         capture_output=True,
         text=True,
         check=False,
-        env={**os.environ, "CUATTN_CACHE_DIR": cache, "PYTHONPATH": os.pathsep.join(paths)},
+        env={
+            **os.environ,
+            "CUATTN_CACHE_DIR": cache,
+            "CUDA_CACHE_PATH": cache,  # the driver and NVRTC have a cache of their own
+            "PYTHONPATH": os.pathsep.join(paths),
+        },
     )
     if done.returncode:
         raise RuntimeError(f"the measured process failed:\n{done.stderr.strip()}")

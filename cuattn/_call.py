@@ -6,6 +6,7 @@ record.  Finding it is all that a call in steady state does besides allocating a
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,21 +23,15 @@ _DTYPES = {
 }
 
 
-class Arrays(NamedTuple):
-    """The arrays of one call; which are there says which form it has."""
+class Form(NamedTuple):
+    """One of the three ways in which arrays hold requests."""
 
-    q: View
-    k: View
-    v: View
-    cu_seqlens_q: View | None = None
-    cu_seqlens_kv: View | None = None
-    seq_lens: View | None = None
-    block_tables: View | None = None
-    layout: str | None = None  # of a paged cache
+    check: Callable[..., Problem]
+    arrays: tuple[str, ...]  # names, in the order of the views
 
 
 class Keywords(NamedTuple):
-    """The keyword arguments of one call, as they came."""
+    """The keyword arguments that all forms share, as they came."""
 
     causal: Any
     window_left: Any
@@ -65,7 +60,6 @@ class _Prepared(NamedTuple):
     """All that calls alike share."""
 
     launch: _launch.Launch
-    device: int
     out_shape: tuple[int, ...]
     out_dtype: np.dtype[Any]
     lse_shape: tuple[int, ...]
@@ -73,34 +67,59 @@ class _Prepared(NamedTuple):
     q_heads: int
 
 
+BATCHED = Form(_check.batched, ("q", "k", "v"))
+RAGGED = Form(_check.ragged, (*BATCHED.arrays, "cu_seqlens_q", "cu_seqlens_kv"))
+PAGED = Form(
+    _check.paged,
+    ("q", "kv_cache (k)", "kv_cache (v)", "block_tables", "seq_lens", "cu_seqlens_q"),
+)
+
 _NONE = _Optional()
 _prepared: dict[Any, _Prepared] = {}
 _PREPARED_LIMIT = 4096  # token counts vary without end in a server: then begin anew
 
 
-def attend(arrays: Arrays, given: Keywords, return_lse: bool, stream: int | None) -> Any:
-    """Return the output, or (output, LSE), of one call."""
+def attend(
+    form: Form,
+    views: tuple[View, ...],
+    pointers: tuple[int, ...],
+    given: tuple[Any, ...],
+    return_lse: bool,
+    stream: int | None,
+    layout: str | None = None,
+) -> Any:
+    """Return the output, or (output, LSE), of one call.
+
+    `pointers` are those of `_params.POINTERS` up to block_tables, 0 for what the form lacks;
+    `given` holds the `Keywords`; `layout` is a paged cache's.
+    """
     import cupy
 
-    q, k, v = arrays[:3]
+    q = views[0]
+    if q.device != cupy.cuda.runtime.getDevice():
+        with cupy.cuda.Device(q.device):
+            return attend(form, views, pointers, given, return_lse, stream, layout)
+
     causal, window_left, scale, out_scale, soft_cap, sinks, skip, out, lse, out_dtype = given
-    optional = _NONE
-    skip_key = None
+    optional, skip_key = _NONE, None
+    more: tuple[Any, ...] = ()
+    sinks_at = scale_at = out_scale_at = thresholds_at = out_at = lse_at = counts_at = 0
     if not (scale is out_scale is sinks is skip is out is lse is None):
-        optional = _optional(given, stream, q)
         skip_key = _skip_key(skip)
-        if optional.scale is not None:
-            scale = None
-        if optional.out_scale is not None:
-            out_scale = None
-    layouts = [None if view is None else view[1:5] for view in arrays[:7] + optional]
-    alignment = q.pointer | k.pointer | v.pointer
-    if optional.out is not None:
-        alignment |= optional.out.pointer
+        optional = _optional(given, stream, q)
+        if optional is not _NONE:
+            more = tuple([view and view[1:5] for view in optional])
+            sinks_at, scale_at, out_scale_at, thresholds_at, out_at, lse_at = [
+                view.pointer if view else 0 for view in optional
+            ]
+            scale = None if scale_at else scale
+            out_scale = None if out_scale_at else out_scale
     key = (
-        *layouts,
-        arrays.layout,
-        alignment & 15,
+        form,
+        layout,
+        more,
+        skip_key,
+        (pointers[0] | pointers[1] | pointers[2] | out_at) & 15,
         causal,
         causal.__class__,  # 1 == True
         window_left,
@@ -109,92 +128,82 @@ def attend(arrays: Arrays, given: Keywords, return_lse: bool, stream: int | None
         soft_cap,
         out_dtype,
         return_lse,
-        skip_key,
+        *[view[1:5] for view in views],
     )
-    prepared = _prepared.get(key)
+    try:
+        prepared = _prepared.get(key)
+    except TypeError:  # an option of a type that has no hash: the checks say which
+        prepared = None
     if prepared is None:
-        prepared = _prepare(arrays, optional, given, skip_key, return_lse)
+        prepared = _prepare(form, views, layout, optional, given, skip_key, return_lse)
         if len(_prepared) >= _PREPARED_LIMIT:
             _prepared.clear()
         _prepared[key] = prepared
+    launch, out_shape, dtype, lse_shape, batch, q_heads = prepared
 
-    if optional.out is not None or optional.lse is not None:
-        named = {**arrays._asdict(), **optional._asdict()}
-        outputs = {name: named.pop(name) for name in ("out", "lse")}
-        _overlap.check_overlap(outputs, named)
-    if q.device == cupy.cuda.runtime.getDevice():
-        return _run(cupy, prepared, arrays, optional, given, return_lse, stream)
-    with cupy.cuda.Device(q.device):
-        return _run(cupy, prepared, arrays, optional, given, return_lse, stream)
-
-
-def _run(
-    cupy: Any,
-    prepared: _Prepared,
-    arrays: Arrays,
-    optional: _Optional,
-    given: Keywords,
-    return_lse: bool,
-    stream: int | None,
-) -> Any:
-    """Allocate and launch on the current device, which is the inputs'."""
-    pointers = [0 if view is None else view.pointer for view in arrays[:7] + optional]
-    q, k, v, cu_q, cu_kv, lengths, tables = pointers[:7]
-    sinks, scale, out_scale, thresholds, out_at, lse_at = pointers[7:]
-    out, lse, skip = given.out, given.lse, given.skip
-    counts = 0
-    if skip is not None and skip.stats is not None:
-        counts = skip.stats.counts(prepared.batch, prepared.q_heads, prepared.device).data.ptr
+    if out_at or lse_at:
+        named: dict[str, View | None] = dict(zip(form.arrays, views, strict=True))
+        named |= dict(zip(_Optional._fields[:4], optional[:4], strict=True))
+        _overlap.check_overlap({"out": optional.out, "lse": optional.lse}, named)
+    if skip_key and skip_key[3]:
+        counts_at = skip.stats.counts(batch, q_heads, q.device).data.ptr
     if out is None:
-        out = cupy.ndarray(prepared.out_shape, prepared.out_dtype)
+        out = cupy.ndarray(out_shape, dtype)
         out_at = out.data.ptr
     if lse is None and return_lse:
-        lse = cupy.ndarray(prepared.lse_shape, np.float32)
+        lse = cupy.ndarray(lse_shape, np.float32)
         lse_at = lse.data.ptr
     packed = _params.pack_pointers(
-        q,
-        k,
-        v,
+        *pointers,
+        sinks_at,
+        scale_at,
+        out_scale_at,
+        thresholds_at,
         out_at,
         lse_at,
-        cu_q,
-        cu_kv,
-        lengths,
-        tables,
-        sinks,
-        scale,
-        out_scale,
-        thresholds,
-        counts,
+        counts_at,
     )
-    views = [view for view in arrays[:7] + optional if view is not None]
-    order = _launch.Order(stream, cupy.cuda.get_current_stream().ptr, views)
-    order.before()
-    prepared.launch(packed, order.stream)
-    order.after()
-    _launch.hold(views, order.stream)
+    current = cupy.cuda.get_current_stream().ptr
+    if stream is None and not more and _simple(views, current):
+        launch(packed, current)
+    else:
+        every = [*views, *[view for view in optional if view]]
+        order = _launch.Order(stream, current, every)
+        order.before()
+        launch(packed, order.stream)
+        order.after()
+        _launch.hold(every, order.stream)
     return (out, lse) if return_lse else out
 
 
-def _optional(given: Keywords, stream: int | None, q: View) -> _Optional:
+def _simple(views: tuple[View, ...], current: int) -> bool:
+    """Say whether CuPy's current stream is that of every producer, and no memory needs a guard."""
+    for view in views:  # noqa: SIM110 (all() would make a generator: 0.4 µs)
+        if view[6] or (view[5] is not None and view[5] != current):
+            return False
+    return True
+
+
+def _optional(given: tuple[Any, ...], stream: int | None, q: View) -> _Optional:
     """Return the views of the arrays among the keyword arguments."""
-    skip = given.skip
+    _, _, scale, out_scale, _, sinks, skip, out, lse, _ = given
     threshold = None
     if skip is not None:
         if not isinstance(skip, SkipSoftmax):
             raise TypeError(f"skip_softmax is a {type(skip).__name__}; wanted a SkipSoftmax")
         _check.refuse_decode_only(skip.max_dropped_mass, skip.certificate)
         threshold = _ingest.number(skip.threshold, "skip_softmax.threshold", stream, q)
-    scale = _ingest.number(given.scale, "scale", stream, q)
-    out_scale = _ingest.number(given.out_scale, "out_scale", stream, q)
-    return _Optional(
-        None if given.sinks is None else _ingest.view(given.sinks, "sinks", stream, q),
+    scale = _ingest.number(scale, "scale", stream, q)
+    out_scale = _ingest.number(out_scale, "out_scale", stream, q)
+    optional = _Optional(
+        None if sinks is None else _ingest.view(sinks, "sinks", stream, q),
         scale if isinstance(scale, View) else None,
         out_scale if isinstance(out_scale, View) else None,
         threshold if isinstance(threshold, View) else None,
-        None if given.out is None else _ingest.view(given.out, "out", stream, q, True),
-        None if given.lse is None else _ingest.view(given.lse, "lse", stream, q, True),
+        None if out is None else _ingest.view(out, "out", stream, q, True),
+        None if lse is None else _ingest.view(lse, "lse", stream, q, True),
     )
+    return optional if any(optional) else _NONE
 
 
 def _skip_key(skip: SkipSoftmax | None) -> tuple[str, bool, float, bool] | None:
@@ -212,72 +221,54 @@ def _skip_key(skip: SkipSoftmax | None) -> tuple[str, bool, float, bool] | None:
 
 
 def _prepare(
-    arrays: Arrays,
+    form: Form,
+    views: tuple[View, ...],
+    layout: str | None,
     optional: _Optional,
-    given: Keywords,
+    given: tuple[Any, ...],
     skip_key: tuple[str, bool, float, bool] | None,
     return_lse: bool,
 ) -> _Prepared:
-    """Check a call of a new kind, plan it, and load its kernel."""
-    import cupy
-
+    """Check a call of a new kind, plan it, and load its kernel on the current device."""
+    keywords = Keywords(*given)
     _check.flag("return_lse", return_lse)
-    problem = _problem(arrays, optional, given, skip_key)
-    device = _device.describe(arrays.q.device)
+    options = _check.Options(
+        causal=keywords.causal,
+        window_left=keywords.window_left,
+        scale=optional.scale or keywords.scale,
+        out_scale=optional.out_scale or keywords.out_scale,
+        soft_cap=keywords.soft_cap,
+        sinks=optional.sinks,
+        skip=None if skip_key is None else SkipMode(skip_key[0], skip_key[1], stats=skip_key[3]),
+        thresholds=optional.thresholds,
+        out=optional.out,
+        lse=optional.lse,
+        out_dtype=keywords.out_dtype,
+    )
+    problem = form.check(*views, *(() if layout is None else (layout,)), options)
+    device = _device.describe(views[0].device)
     plan = _heuristics.prefill(problem, device)
-    out, lse, tables = optional.out, optional.lse, arrays.block_tables
-    scale = problem.head_dim_qk**-0.5 if given.scale is None else given.scale
-    out_scale = 1.0 if given.out_scale is None else given.out_scale
+    out, lse = optional.out, optional.lse
+    scale = problem.head_dim_qk**-0.5 if keywords.scale is None else keywords.scale
+    out_scale = 1.0 if keywords.out_scale is None else keywords.out_scale
     rest = _params.pack_rest(
         problem,
         plan,
         out=_packed(problem.out_shape) if out is None else out.strides,
         lse=_packed(problem.lse_shape) if lse is None else lse.strides,
-        tables=0 if tables is None else tables.strides[0],
+        tables=views[form.arrays.index("block_tables")].strides[0] if form is PAGED else 0,
         scale=float(scale) if optional.scale is None else 0.0,
         out_scale=float(out_scale) if optional.out_scale is None else 0.0,
         threshold=skip_key[2] if skip_key else 0.0,
     )
-    with cupy.cuda.Device(device.ordinal):
-        launch = _launch.Launch(plan, device, rest)
     return _Prepared(
-        launch,
-        device.ordinal,
+        _launch.Launch(plan, device, rest),
         problem.out_shape,
         _DTYPES[problem.out_dtype],
         problem.lse_shape,
         problem.batch,
         problem.q_heads,
     )
-
-
-def _problem(
-    arrays: Arrays,
-    optional: _Optional,
-    given: Keywords,
-    skip_key: tuple[str, bool, float, bool] | None,
-) -> Problem:
-    q, k, v, cu_seqlens_q, cu_seqlens_kv, seq_lens, block_tables, layout = arrays
-    options = _check.Options(
-        causal=given.causal,
-        window_left=given.window_left,
-        scale=given.scale if optional.scale is None else optional.scale,
-        out_scale=given.out_scale if optional.out_scale is None else optional.out_scale,
-        soft_cap=given.soft_cap,
-        sinks=optional.sinks,
-        skip=None if skip_key is None else SkipMode(skip_key[0], skip_key[1], stats=skip_key[3]),
-        thresholds=optional.thresholds,
-        out=optional.out,
-        lse=optional.lse,
-        out_dtype=given.out_dtype,
-    )
-    if block_tables is not None:
-        assert layout is not None and seq_lens is not None and cu_seqlens_q is not None
-        return _check.paged(q, k, v, block_tables, seq_lens, cu_seqlens_q, layout, options)
-    if cu_seqlens_kv is not None:
-        assert cu_seqlens_q is not None
-        return _check.ragged(q, k, v, cu_seqlens_q, cu_seqlens_kv, options)
-    return _check.batched(q, k, v, options)
 
 
 def _packed(shape: tuple[int, ...]) -> tuple[int, ...]:

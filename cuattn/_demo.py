@@ -335,6 +335,7 @@ def _draw_curve(axes: Any, points: list[Point]) -> None:
             textcoords="offset points",
         )
     axes.set_xscale("log")
+    axes.xaxis.set_minor_formatter("")
     axes.set_xlabel("relative error of the output against float64")
     axes.set_ylabel("speed over the dense kernel" if timed else "share of tiles skipped")
     axes.set_title("What skipping buys and costs")

@@ -29,7 +29,9 @@ RESERVED = 1024  # bytes that the system takes of every block
 def prefill(problem: Problem, device: Device) -> Plan:
     """Choose kernel, configuration and grid of one prefill call."""
     head_dim_qk, head_dim_v = round_up(problem.head_dim_qk), round_up(problem.head_dim_v)
-    config, reason = _tile(head_dim_qk, head_dim_v, problem.soft_cap > 0, device.shared_memory)
+    config, reason = _tile(
+        head_dim_qk, head_dim_v, problem.soft_cap > 0, device.arch, device.shared_memory
+    )
     config = replace(
         config,
         element=problem.q.dtype,
@@ -62,7 +64,7 @@ def round_up(head_dim: int) -> int:
 
 
 def _tile(
-    head_dim_qk: int, head_dim_v: int, soft_cap: bool, shared_memory: int
+    head_dim_qk: int, head_dim_v: int, soft_cap: bool, arch: str, shared_memory: int
 ) -> tuple[FmhaConfig, str]:
     """Return tile sizes, and the reason for them.
 
@@ -84,7 +86,9 @@ def _tile(
         sizes: tuple[int, ...] = (64, 32)
         if max(head_dim_qk, head_dim_v) <= 64 and shared_memory >= SHARED_MEMORY["sm_90a"]:
             sizes = (128, 64, 32)
-        if soft_cap:  # tanh takes registers that the largest tile does not leave
+        if head_dim_qk > 128 or (arch.startswith("sm_10") and head_dim_v > 96):
+            sizes = (32,)  # ptxas of CUDA 13.0 spills with 64 keys
+        elif soft_cap:  # tanh takes registers that the largest tile does not leave
             sizes, reason = sizes[1:], "32 rows a warp, a smaller tile for the soft cap"
         tiles = [replace(dims, rows_per_warp=32, block_kv=keys) for keys in sizes]
         blocks = 2
@@ -108,7 +112,7 @@ def shipped_configs(arch: str) -> list[tuple[str, FmhaConfig]]:
         (
             "fmha_sm80",
             replace(
-                _tile(qk, v, soft_cap, shared_memory)[0],
+                _tile(qk, v, soft_cap, arch, shared_memory)[0],
                 element=element,
                 output=element,
                 paged=paged,

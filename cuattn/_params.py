@@ -14,8 +14,6 @@ POINTERS = (
     "q",
     "k",
     "v",
-    "out",
-    "lse",
     "cu_seqlens_q",
     "cu_seqlens_kv",
     "seq_lens",
@@ -24,6 +22,8 @@ POINTERS = (
     "scale_array",
     "out_scale_array",
     "thresholds",
+    "out",
+    "lse",
     "skip_counts",
 )
 STRIDES = ("q_strides", "k_strides", "v_strides", "out_strides", "lse_strides")  # outer, row, head

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from . import _call, _check, _ingest
-from ._call import Arrays, Keywords
 from .skip_softmax import SkipSoftmax
 
 
@@ -88,13 +87,23 @@ def prefill(
     """
     launch = _ingest.stream_handle(stream)
     q_view = _ingest.view(q, "q", launch)
-    arrays = Arrays(
-        q_view, _ingest.view(k, "k", launch, q_view), _ingest.view(v, "v", launch, q_view)
+    k_view = _ingest.view(k, "k", launch, q_view)
+    v_view = _ingest.view(v, "v", launch, q_view)
+    views = (q_view, k_view, v_view)
+    pointers = (q_view.pointer, k_view.pointer, v_view.pointer, 0, 0, 0, 0)
+    given = (
+        causal,
+        window_left,
+        scale,
+        out_scale,
+        soft_cap,
+        sinks,
+        skip_softmax,
+        out,
+        lse,
+        out_dtype,
     )
-    keywords = Keywords(
-        causal, window_left, scale, out_scale, soft_cap, sinks, skip_softmax, out, lse, out_dtype
-    )
-    return _call.attend(arrays, keywords, return_lse, launch)
+    return _call.attend(_call.BATCHED, views, pointers, given, return_lse, launch)
 
 
 def prefill_ragged(
@@ -149,17 +158,25 @@ stream
     """
     launch = _ingest.stream_handle(stream)
     q_view = _ingest.view(q, "q", launch)
-    arrays = Arrays(
-        q_view,
-        _ingest.view(k, "k", launch, q_view),
-        _ingest.view(v, "v", launch, q_view),
-        _ingest.view(cu_seqlens_q, "cu_seqlens_q", launch, q_view),
-        _ingest.view(cu_seqlens_kv, "cu_seqlens_kv", launch, q_view),
+    k_view = _ingest.view(k, "k", launch, q_view)
+    v_view = _ingest.view(v, "v", launch, q_view)
+    ends_q = _ingest.view(cu_seqlens_q, "cu_seqlens_q", launch, q_view)
+    ends_kv = _ingest.view(cu_seqlens_kv, "cu_seqlens_kv", launch, q_view)
+    views = (q_view, k_view, v_view, ends_q, ends_kv)
+    pointers = (*[view.pointer for view in views], 0, 0)
+    given = (
+        causal,
+        window_left,
+        scale,
+        out_scale,
+        soft_cap,
+        sinks,
+        skip_softmax,
+        out,
+        lse,
+        out_dtype,
     )
-    keywords = Keywords(
-        causal, window_left, scale, out_scale, soft_cap, sinks, skip_softmax, out, lse, out_dtype
-    )
-    return _call.attend(arrays, keywords, return_lse, launch)
+    return _call.attend(_call.RAGGED, views, pointers, given, return_lse, launch)
 
 
 def prefill_paged(
@@ -231,16 +248,29 @@ stream
     else:
         k_view = _ingest.view(parts[0], "kv_cache (k)", launch, q_view)
         v_view = _ingest.view(parts[1], "kv_cache (v)", launch, q_view)
-    arrays = Arrays(
-        q_view,
-        k_view,
-        v_view,
-        cu_seqlens_q=_ingest.view(cu_seqlens_q, "cu_seqlens_q", launch, q_view),
-        seq_lens=_ingest.view(seq_lens, "seq_lens", launch, q_view),
-        block_tables=_ingest.view(block_tables, "block_tables", launch, q_view),
-        layout=layout,
+    tables = _ingest.view(block_tables, "block_tables", launch, q_view)
+    lengths = _ingest.view(seq_lens, "seq_lens", launch, q_view)
+    ends_q = _ingest.view(cu_seqlens_q, "cu_seqlens_q", launch, q_view)
+    views = (q_view, k_view, v_view, tables, lengths, ends_q)
+    pointers = (
+        q_view.pointer,
+        k_view.pointer,
+        v_view.pointer,
+        ends_q.pointer,
+        0,
+        lengths.pointer,
+        tables.pointer,
     )
-    keywords = Keywords(
-        causal, window_left, scale, out_scale, soft_cap, sinks, skip_softmax, out, lse, out_dtype
+    given = (
+        causal,
+        window_left,
+        scale,
+        out_scale,
+        soft_cap,
+        sinks,
+        skip_softmax,
+        out,
+        lse,
+        out_dtype,
     )
-    return _call.attend(arrays, keywords, return_lse, launch)
+    return _call.attend(_call.PAGED, views, pointers, given, return_lse, launch, layout)

@@ -12,8 +12,6 @@ struct FmhaParams {
   const void* q;               // [batch, q_len, q_heads, head_dim_qk] or [tokens, …]
   const void* k;               // [batch, kv_len, kv_heads, head_dim_qk], [tokens, …] or pages
   const void* v;               // the same with head_dim_v
-  void* out;                   // as q, with head_dim_v
-  float* lse;                  // [batch, q_len, q_heads] or [tokens, q_heads]; may be null
   const int32* cu_seqlens_q;   // [batch + 1]; null: every request has q_len tokens
   const int32* cu_seqlens_kv;  // [batch + 1]; null: every request has kv_len tokens, or is paged
   const int32* seq_lens;       // [batch], paged only
@@ -22,6 +20,8 @@ struct FmhaParams {
   const float* scale_array;    // one number that replaces `scale`; may be null
   const float* out_scale_array;
   const float* thresholds;  // [batch, q_heads] by strides; may be null
+  void* out;                // as q, with head_dim_v
+  float* lse;               // [batch, q_len, q_heads] or [tokens, q_heads]; may be null
   uint64* skip_counts;      // [visited, skipped, ineligible][batch][q_heads]; may be null
   Strides q_strides, k_strides, v_strides, out_strides, lse_strides;
   int64 block_table_stride;     // from request to request
