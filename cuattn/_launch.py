@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import cache
 from typing import Any
 
@@ -29,7 +29,14 @@ class _Stream:
         self.ptr = handle
 
 
-_stream = cache(_Stream)
+class _Streams(dict[int, _Stream]):
+    def __missing__(self, handle: int) -> _Stream:
+        self[handle] = stream = _Stream(handle)
+        return stream
+
+
+_streams = _Streams()
+Launch = Callable[[bytes, int], None]  # packed pointers, handle of a stream of the current device
 
 
 @cache
@@ -45,31 +52,26 @@ def _function(kernel: str, config: str, arch: str, shared_memory: int, ordinal: 
     return function
 
 
-class Launch:
-    """A planned kernel, loaded: everything about a call that its pointers do not change."""
+def prepare(plan: Plan, device: Device, rest: bytes) -> Launch:
+    """Load a plan's kernel on the current device, which is `device`; return what launches it.
 
-    __slots__ = ("_block", "_function", "_grid", "_rest", "_shared_memory")
+    `rest` is the packed parameter struct behind its pointers.
+    """
+    with _loading:  # NVRTC and the driver would do the same work twice
+        function = _function(
+            plan.kernel, plan.config.define(), device.arch, plan.shared_memory, device.ordinal
+        )
+    grid, block, shared_memory = plan.grid, (plan.threads, 1, 1), plan.shared_memory
+    void, streams = np.void, _streams
 
-    def __init__(self, plan: Plan, device: Device, rest: bytes) -> None:
-        with _loading:  # NVRTC and the driver would do the same work twice
-            self._function = _function(
-                plan.kernel, plan.config.define(), device.arch, plan.shared_memory, device.ordinal
-            )
-        self._grid = plan.grid
-        self._block = (plan.threads, 1, 1)
-        self._shared_memory = plan.shared_memory
-        self._rest = rest
+    def launch(pointers: bytes, stream: int) -> None:
+        function(grid, block, (void(pointers + rest),), shared_memory, streams[stream])
 
-    def __call__(self, pointers: bytes, stream: int) -> None:
-        """Launch with the packed pointers on a stream handle of the current device."""
-        if self._grid[0]:
-            self._function(
-                self._grid,
-                self._block,
-                (np.void(pointers + self._rest),),
-                self._shared_memory,
-                _stream(stream),
-            )
+    return launch if grid[0] else _nothing
+
+
+def _nothing(pointers: bytes, stream: int) -> None:
+    """Launch no block."""
 
 
 # --- streams --------------------------------------------------------------------------------------
@@ -107,13 +109,6 @@ class Order:
         """Let the others wait for the launch stream."""
         for other in self._others:
             _wait(other, self.stream)
-
-
-def current_stream() -> int:
-    """Return the handle of CuPy's current stream."""
-    import cupy
-
-    return cupy.cuda.get_current_stream().ptr
 
 
 def _capturing(stream: int) -> bool:

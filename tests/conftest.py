@@ -7,6 +7,7 @@ moves a `Call`'s NumPy arrays over, runs it into guarded memory and brings the r
 from __future__ import annotations
 
 import functools
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +39,8 @@ def missing_gpu() -> str | None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # JAX would take three quarters of the GPU for itself, and tests run in several processes.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     config.addinivalue_line("markers", "gpu: needs a CUDA device")
 
 

@@ -508,13 +508,14 @@ def test_read_only_and_copied_capsules_are_no_outputs(flags: int) -> None:
 
 def test_jax_arrays_are_inputs_but_no_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
     jax = pytest.importorskip("jax")
+    cpu = jax.devices("cpu")[0]
     with pytest.raises(TypeError, match=r"q is on the CPU \(a jaxlib ArrayImpl\)"):
-        view(jax.numpy.zeros(4), "q", 0)
+        view(jax.numpy.zeros(4, device=cpu), "q", 0)
     monkeypatch.setattr(_ingest, "_ON_CUDA", {CPU, CUDA})
     monkeypatch.setattr(
         _ingest, "_ask_capsule", lambda x, name, stream: x.__dlpack__()
     )  # the CPU client refuses a stream
-    x = jax.numpy.zeros((2, 8), jax.numpy.bfloat16)
+    x = jax.numpy.zeros((2, 8), jax.numpy.bfloat16, device=cpu)
     seen = view(x, "q", 0)
     assert seen[1:-1] == ((2, 8), (8, 1), "bfloat16", 0, None, True)
     assert seen.pointer == x.unsafe_buffer_pointer()
