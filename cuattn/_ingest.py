@@ -27,10 +27,9 @@ _ON_HOST = {1: "the CPU", 3: "the CPU (in pinned memory)"}
 
 # DLPack's type codes: those with a width of their own in the name, and those without.
 _SIZED = {0: "int", 1: "uint", 2: "float", 4: "bfloat", 5: "complex"}
-_FIXED = {6: "bool", 14: "float8_e8m0fnu", 17: "float4_e2m1fn"}
+_FIXED = {6: "bool", 16: "float6_e3m2fn", 14: "float8_e8m0fnu", 17: "float4_e2m1fn"}
 _FIXED |= {7: "float8_e3m4", 8: "float8_e4m3", 9: "float8_e4m3b11fnuz", 10: "float8_e4m3fn"}
-_FIXED |= {11: "float8_e4m3fnuz", 12: "float8_e5m2", 13: "float8_e5m2fnuz"}
-_FIXED |= {15: "float6_e2m3fn", 16: "float6_e3m2fn"}
+_FIXED |= {11: "float8_e4m3fnuz", 12: "float8_e5m2", 13: "float8_e5m2fnuz", 15: "float6_e2m3fn"}
 _INTERFACE_KINDS = {"b": "bool", "i": "int", "u": "uint", "f": "float", "c": "complex"}
 
 _WANTED = "an array on a CUDA device"
@@ -59,16 +58,22 @@ def view(
         Handle of the stream that will read the array. Only producers of capsules are told; None
         stands for CuPy's current stream.
     like : View, optional
-        A view made earlier in the same call. If its owner has x's type and device, its `stream`
-        is taken over (saves one C call).
+        A view made earlier in the call: its stream is that of other arrays of its type and device.
     writable : bool
         True for outputs: memory that its owner declares read-only is refused.
     """
-    try:
-        road = _roads[type(x)]
-    except KeyError:
-        road = _choose_road(x, name)
+    road = _roads.get(type(x)) or _choose_road(x, name)
     return road(x, name, stream, like, writable)
+
+
+def query_key_value(q: Any, k: Any, v: Any, stream: int | None) -> tuple[View, View, View]:
+    """Return the views of q, k and v, which mostly are arrays of one type."""
+    kind = type(q)
+    road = _roads.get(kind) or _choose_road(q, "q")
+    q_view = road(q, "q", stream, None, False)
+    if type(k) is kind and type(v) is kind:  # one look-up instead of three: 0.4 µs
+        return q_view, road(k, "k", stream, q_view, False), road(v, "v", stream, q_view, False)
+    return q_view, view(k, "k", stream, q_view), view(v, "v", stream, q_view)
 
 
 def number(x: Any, name: str, stream: int | None = None, like: View | None = None) -> Any:
@@ -212,8 +217,7 @@ def _exchange_functions(capsule: Any) -> tuple[Any, Any] | None:
 
 
 def _exchange_road(fill: Any, current_stream: Any) -> _Road:
-    # A slot belongs to one call at a time: list.pop and append are atomic, so threads and
-    # re-entrant calls each get their own.
+    # A slot belongs to one call at a time: list.pop and append are atomic.
     slots: list[_Slot] = []
     take, give_back = slots.pop, slots.append
 

@@ -86,9 +86,7 @@ def prefill(
     (1, 64, 8, 128)
     """
     launch = _ingest.stream_handle(stream)
-    q_view = _ingest.view(q, "q", launch)
-    k_view = _ingest.view(k, "k", launch, q_view)
-    v_view = _ingest.view(v, "v", launch, q_view)
+    q_view, k_view, v_view = _ingest.query_key_value(q, k, v, launch)
     views = (q_view, k_view, v_view)
     pointers = (q_view.pointer, k_view.pointer, v_view.pointer, 0, 0, 0, 0)
     given = (
@@ -157,9 +155,7 @@ stream
     (300, 8, 64)
     """
     launch = _ingest.stream_handle(stream)
-    q_view = _ingest.view(q, "q", launch)
-    k_view = _ingest.view(k, "k", launch, q_view)
-    v_view = _ingest.view(v, "v", launch, q_view)
+    q_view, k_view, v_view = _ingest.query_key_value(q, k, v, launch)
     ends_q = _ingest.view(cu_seqlens_q, "cu_seqlens_q", launch, q_view)
     ends_kv = _ingest.view(cu_seqlens_kv, "cu_seqlens_kv", launch, q_view)
     views = (q_view, k_view, v_view, ends_q, ends_kv)
