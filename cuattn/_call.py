@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -77,6 +78,7 @@ PAGED = Form(
 )
 
 _NONE = _Optional()
+_layout = itemgetter(slice(1, 5))  # of a View: shape, strides, dtype, device
 _prepared: dict[Any, _Prepared] = {}
 _PREPARED_LIMIT = 4096  # token counts vary without end in a server: then begin anew
 
@@ -110,7 +112,7 @@ def attend(
         optional = _optional(given, stream, q)
         skip_key = _skip_key(skip)
         if optional is not _NONE:
-            more = tuple([view and view[1:5] for view in optional])
+            more = tuple([view and _layout(view) for view in optional])
             sinks_at, scale_at, out_scale_at, thresholds_at, out_at, lse_at = [
                 view.pointer if view else 0 for view in optional
             ]
@@ -130,7 +132,7 @@ def attend(
         soft_cap,
         out_dtype,
         return_lse,
-        *[view[1:5] for view in views],
+        *map(_layout, views),
     )
     try:
         prepared = _prepared.get(key)
