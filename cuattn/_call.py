@@ -182,8 +182,9 @@ def attend(
 
 def _simple(views: tuple[View, ...], current: int) -> bool:
     """Say whether CuPy's current stream is that of every producer, and no memory needs a guard."""
-    for _, _, _, _, _, stream, guarded, _ in views:
-        if guarded or (stream is not None and stream != current):
+    for view in views:
+        stream = view[5]
+        if view[6] or (stream is not None and stream != current):
             return False
     return True
 

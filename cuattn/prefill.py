@@ -85,7 +85,7 @@ def prefill(
     >>> cuattn.prefill(q, q, q, causal=True).shape                         # doctest: +SKIP
     (1, 64, 8, 128)
     """
-    launch = _ingest.stream_handle(stream)
+    launch = None if stream is None else _ingest.stream_handle(stream)
     q_view, k_view, v_view = _ingest.query_key_value(q, k, v, launch)
     views = (q_view, k_view, v_view)
     pointers = (q_view.pointer, k_view.pointer, v_view.pointer, 0, 0, 0, 0)
@@ -154,7 +154,7 @@ stream
     >>> cuattn.prefill_ragged(q, q, q, ends, ends, causal=True).shape      # doctest: +SKIP
     (300, 8, 64)
     """
-    launch = _ingest.stream_handle(stream)
+    launch = None if stream is None else _ingest.stream_handle(stream)
     q_view, k_view, v_view = _ingest.query_key_value(q, k, v, launch)
     ends_q = _ingest.view(cu_seqlens_q, "cu_seqlens_q", launch, q_view)
     ends_kv = _ingest.view(cu_seqlens_kv, "cu_seqlens_kv", launch, q_view)
@@ -236,7 +236,7 @@ stream
     >>> cuattn.prefill_paged(q, cache, tables, lengths, ends).shape        # doctest: +SKIP
     (5, 8, 128)
     """
-    launch = _ingest.stream_handle(stream)
+    launch = None if stream is None else _ingest.stream_handle(stream)
     q_view = _ingest.view(q, "q", launch)
     parts = _check.cache_parts(kv_cache)
     if len(parts) == 1:
