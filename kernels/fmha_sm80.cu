@@ -38,7 +38,6 @@ using Output = Element<config.output>;
 using QTile = SharedTile<config.block_q, config.head_dim_qk>;
 using KTile = SharedTile<config.block_kv, config.head_dim_qk>;
 using VTile = SharedTile<config.block_kv, config.head_dim_v>;
-using Source = KvSource<config.paged>;
 
 struct Shared {
   QTile q;
@@ -140,15 +139,13 @@ KERNEL void __launch_bounds__(config.threads())
       Visibility{work.q_len, work.kv_len, params.causal, params.window_left}.from(work.first_row);
   const TileOrder order(visibility.keys_of_rows(0, config.block_q), config.block_kv);
 
-  const int32 outer_q = params.cu_seqlens_q ? 0 : work.request;
-  const int32 outer_kv = params.cu_seqlens_kv ? 0 : work.request;
-  const int32 kv_head = work.head / params.group;
-  const auto q_source = KvSource<false>::make(params.q, params.q_strides, params, outer_q,
-                                              work.q_start + work.first_row, work.head, 0);
-  const auto k_source = Source::make(params.k, params.k_strides, params, outer_kv, work.kv_start,
-                                     kv_head, work.kv_len);
-  const auto v_source = Source::make(params.v, params.v_strides, params, outer_kv, work.kv_start,
-                                     kv_head, work.kv_len);
+  const Place rows{params.cu_seqlens_q ? 0 : work.request, work.q_start + work.first_row, work.head,
+                   visibility.q_len};
+  const Place keys{params.cu_seqlens_kv ? 0 : work.request, work.kv_start, work.head / params.group,
+                   work.kv_len};
+  const auto q_source = Source<false>::of(params.q, params.q_strides, params, rows);
+  const auto k_source = Source<config.paged>::of(params.k, params.k_strides, params, keys);
+  const auto v_source = Source<config.paged>::of(params.v, params.v_strides, params, keys);
   const auto request_keys = [&](int32 step) {
     // NOTE: worked out again for every tile rather than kept, which would cost registers.
     const Range seen = visibility.keys_of_rows(recomputed(0), config.block_q);
@@ -161,8 +158,7 @@ KERNEL void __launch_bounds__(config.threads())
 
   WarpState state = begin(params, work);
   if (order.count > 0) {
-    request_tile<config.threads()>(shared.q, q_source, 0, {0, visibility.q_len},
-                                   params.head_dim_qk);
+    request_tile<config.threads()>(shared.q, q_source, 0, {0, rows.rows}, params.head_dim_qk);
     request_keys(0);
     cp_async_commit();
   }
@@ -173,9 +169,9 @@ KERNEL void __launch_bounds__(config.threads())
     cp_async_commit();
     const int32 warp_row = recomputed(warp_index()) * config.rows_per_warp;
     const int32 first_key = order.at(step) * config.block_kv;
-    const Range keys{first_key, first_key + config.block_kv};
-    if (visibility.sees_any(warp_row, config.rows_per_warp, keys)) {
-      compute_tile(state, shared, visibility, step, warp_row, keys);
+    const Range tile{first_key, first_key + config.block_kv};
+    if (visibility.sees_any(warp_row, config.rows_per_warp, tile)) {
+      compute_tile(state, shared, visibility, step, warp_row, tile);
     }
   }
   finish(params, state);

@@ -24,31 +24,35 @@ struct PagedRows {
   }
 };
 
-// One head's keys (or values) of one request.
+// One head's rows of one request: where they start in the array, and how many there are.
+struct Place {
+  int32 outer;  // request or, where requests lie end to end, 0
+  int32 first_row, head, rows;
+};
+
 template <bool paged>
-struct KvSource;
+struct Source;
 
 template <>
-struct KvSource<false> {
-  using type = StridedRows;
-  static DEVICE type make(const void* array, const Strides& strides, const FmhaParams&, int32 outer,
-                          int32 first_row, int32 head, int32) {
-    const int64 start = outer * strides.outer + first_row * strides.row + head * strides.head;
+struct Source<false> {
+  static DEVICE StridedRows of(const void* array, const Strides& strides, const FmhaParams&,
+                               Place place) {
+    const int64 start =
+        place.outer * strides.outer + place.first_row * strides.row + place.head * strides.head;
     return {static_cast<const char*>(array) + start * 2, strides.row * 2};
   }
 };
 
 template <>
-struct KvSource<true> {
-  using type = PagedRows;
-  static DEVICE type make(const void* array, const Strides& strides, const FmhaParams& params,
-                          int32 request, int32, int32 head, int32 keys) {
-    return {static_cast<const char*>(array) + head * strides.head * 2,
-            strides.outer * 2,
-            strides.row * 2,
-            params.block_tables + request * params.block_table_stride,
-            params.page_shift,
-            params.pages,
-            keys};
+struct Source<true> {
+  static DEVICE PagedRows of(const void* array, const Strides& strides, const FmhaParams& params,
+                             Place place) {
+    return {.first = static_cast<const char*>(array) + place.head * strides.head * 2,
+            .page_stride = strides.outer * 2,
+            .slot_stride = strides.row * 2,
+            .table = params.block_tables + place.outer * params.block_table_stride,
+            .page_shift = params.page_shift,
+            .pages = params.pages,
+            .keys = place.rows};
   }
 };
