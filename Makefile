@@ -38,8 +38,8 @@ CUDA_FILES = $(shell find kernels -name '*.cu' -o -name '*.cuh')
 demo: $(READY)
 	$(RUN) -m cuattn demo $(ARGS)
 
-test: $(READY)
-	$(RUN) -m pytest -n $(JOBS) $(ARGS)
+test: $(READY) # one thread of BLAS a process: the processes are many
+	OPENBLAS_NUM_THREADS=1 $(RUN) -m pytest -n $(JOBS) $(ARGS)
 
 lint: $(READY)
 	$(BIN)ruff check .
