@@ -69,26 +69,29 @@ def compile_kernel(
         known = ", ".join(sorted(name for name in sources if name.endswith(".cu"))) or "none"
         raise ValueError(f"kernel is {kernel!r}, but the CUDA sources hold no {file} ({known})")
     headers = [name for name in sources if name.endswith(".cuh")]
-    options = (*OPTIONS, f"-arch={arch}", f"-DCUATTN_CONFIG={config}")
+    options = [*OPTIONS, f"-arch={arch}", f"-DCUATTN_CONFIG={config}"]
+    texts = [sources[name].encode() for name in headers]
+    names = [name.encode() for name in headers]
     start = time.perf_counter()
-    program = nvrtc.createProgram(
-        sources[file],
-        f"kernels/{file}",
-        [sources[name].encode() for name in headers],
-        [name.encode() for name in headers],
-    )
-    try:
-        nvrtc.compileProgram(program, options)
-        # NOTE: CuPy strips the last byte, which in a cubin is data (a zero).
-        cubin = nvrtc.getCUBIN(program) + b"\0"
-        log = nvrtc.getProgramLog(program).rstrip("\0\n")
-    except nvrtc.NVRTCError as error:
-        raise RuntimeError(
-            f"kernel {kernel} with config {config!r} did not compile for {arch}: {error}\n"
-            f"{nvrtc.getProgramLog(program)}"
-        ) from error
-    finally:
-        nvrtc.destroyProgram(program)
+    log = ""
+    # NOTE: NVRTC keeps results of its own, and a hit there comes without the log that registers
+    # and spills are read from: then compile again, past it.
+    for more in ([], ["--no-cache"]):
+        program = nvrtc.createProgram(sources[file], f"kernels/{file}", texts, names)
+        try:
+            nvrtc.compileProgram(program, (*options, *more))
+            # NOTE: CuPy strips the last byte, which in a cubin is data (a zero).
+            cubin = nvrtc.getCUBIN(program) + b"\0"
+            log = nvrtc.getProgramLog(program).rstrip("\0\n")
+        except nvrtc.NVRTCError as error:
+            raise RuntimeError(
+                f"kernel {kernel} with config {config!r} did not compile for {arch}: {error}\n"
+                f"{nvrtc.getProgramLog(program)}"
+            ) from error
+        finally:
+            nvrtc.destroyProgram(program)
+        if _REGISTERS.search(log):
+            break
     registers = max(map(int, _REGISTERS.findall(log)), default=0)
     spills = sum(map(int, _SPILLS.findall(log)))
     return Compiled(cubin, log, registers, spills, time.perf_counter() - start)
