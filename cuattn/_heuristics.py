@@ -86,8 +86,10 @@ def _tile(
         sizes: tuple[int, ...] = (64, 32)
         if max(head_dim_qk, head_dim_v) <= 64 and shared_memory >= SHARED_MEMORY["sm_90a"]:
             sizes = (128, 64, 32)
-        if head_dim_qk > 128 or (head_dim_v > 96 and arch != "sm_90a"):
-            sizes = (32,)  # with 64 keys, ptxas spills (for some of the other targets)
+        if arch != "sm_90a" and (head_dim_qk > 128 or head_dim_v > 96):
+            sizes = (32,)  # with more keys, ptxas spills for some of these targets
+        elif head_dim_qk > 128:
+            sizes = (48, 32)  # of 64 keys, two blocks do not fit
         elif soft_cap:  # tanh takes registers that the largest tile does not leave
             sizes, reason = sizes[1:], "32 rows a warp, a smaller tile for the soft cap"
         tiles = [replace(dims, rows_per_warp=32, block_kv=keys) for keys in sizes]
