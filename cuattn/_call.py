@@ -157,7 +157,7 @@ def attend(
     if lse is None and return_lse:
         lse = cupy.ndarray(lse_shape, np.float32)
         lse_at = lse.data.ptr
-    packed = _params.pack_pointers(
+    places = (
         *pointers,
         sinks_at,
         scale_at,
@@ -169,12 +169,12 @@ def attend(
     )
     current = cupy.cuda.get_current_stream().ptr
     if stream is None and not more and _simple(views, current):
-        launch(packed, current)
+        launch(places, current)
     else:
         every = [*views, *[view for view in optional if view]]
         order = _launch.Order(stream, current, every)
         order.before()
-        launch(packed, order.stream)
+        launch(places, order.stream)
         order.after()
         _launch.hold(every, order.stream)
     return (out, lse) if return_lse else out

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable
 from functools import cache
 from typing import Any
 
-import numpy as np
-
-from . import _compile
+from . import _compile, _params
 from ._records import Device, Plan, View
 
 _MAX_DYNAMIC_SHARED_MEMORY = 8  # CUfunction_attribute
@@ -20,23 +19,8 @@ _ALL = 100  # percent
 _loading = threading.Lock()
 
 
-class _Stream:
-    """What CuPy's launch wants of a stream: its handle."""
-
-    __slots__ = ("ptr",)
-
-    def __init__(self, handle: int) -> None:
-        self.ptr = handle
-
-
-class _Streams(dict[int, _Stream]):
-    def __missing__(self, handle: int) -> _Stream:
-        self[handle] = stream = _Stream(handle)
-        return stream
-
-
-_streams = _Streams()
-Launch = Callable[[bytes, int], None]  # packed pointers, handle of a stream of the current device
+# Pointers in the order of `_params.POINTERS`, handle of a stream of the current device.
+Launch = Callable[[tuple[int, ...], int], None]
 
 
 @cache
@@ -57,20 +41,47 @@ def prepare(plan: Plan, device: Device, rest: bytes) -> Launch:
 
     `rest` is the packed parameter struct behind its pointers.
     """
+    if not plan.grid[0]:
+        return _nothing
     with _loading:  # NVRTC and the driver would do the same work twice
         function = _function(
             plan.kernel, plan.config.define(), device.arch, plan.shared_memory, device.ordinal
         )
-    grid, block, shared_memory = plan.grid, (plan.threads, 1, 1), plan.shared_memory
-    void, streams = np.void, _streams
+    from cupy.cuda.driver import launchKernel
 
-    def launch(pointers: bytes, stream: int) -> None:
-        function(grid, block, (void(pointers + rest),), shared_memory, streams[stream])
+    shape = (*plan.grid, plan.threads, 1, 1, plan.shared_memory)
+    pack_into = _params.pack_pointers_into
+    slots: list[_Arguments] = []  # one belongs to one call at a time: pop and append are atomic
+    take, give_back = slots.pop, slots.append
 
-    return launch if grid[0] else _nothing
+    # NOTE: the driver's call with parameters that stay in place: 2 µs less than CuPy's launch,
+    # which is given them anew.
+    def launch(pointers: tuple[int, ...], stream: int) -> None:
+        try:
+            arguments = take()
+        except IndexError:
+            arguments = _Arguments(rest)
+        pack_into(arguments.memory, 0, *pointers)
+        launchKernel(function.ptr, *shape, stream, arguments.address, 0)
+        give_back(arguments)
+
+    return launch
 
 
-def _nothing(pointers: bytes, stream: int) -> None:
+class _Arguments:
+    """Memory for a parameter struct, and the address of its address, as cuLaunchKernel wants it."""
+
+    __slots__ = ("_pointer", "address", "memory")
+
+    def __init__(self, rest: bytes) -> None:
+        self.memory = bytearray(_params.SIZE)
+        self.memory[-len(rest) :] = rest
+        place = ctypes.addressof(ctypes.c_char.from_buffer(self.memory))
+        self._pointer = ctypes.c_void_p(place)
+        self.address = ctypes.addressof(self._pointer)
+
+
+def _nothing(pointers: tuple[int, ...], stream: int) -> None:
     """Launch no block."""
 
 

@@ -50,7 +50,7 @@ _REST = struct.Struct(
 )
 SIZE = _POINTERS.size + _REST.size
 
-pack_pointers = _POINTERS.pack
+pack_pointers_into = _POINTERS.pack_into
 
 
 def pack_rest(
