@@ -47,7 +47,9 @@ def prepare(plan: Plan, device: Device, rest: bytes) -> Launch:
         function = _function(
             plan.kernel, plan.config.define(), device.arch, plan.shared_memory, device.ordinal
         )
-    from cupy.cuda.driver import launchKernel
+    from cupy.cuda import driver
+
+    launch_kernel = driver.launchKernel
 
     shape = (*plan.grid, plan.threads, 1, 1, plan.shared_memory)
     pack_into = _params.pack_pointers_into
@@ -62,7 +64,7 @@ def prepare(plan: Plan, device: Device, rest: bytes) -> Launch:
         except IndexError:
             arguments = _Arguments(rest)
         pack_into(arguments.memory, 0, *pointers)
-        launchKernel(function.ptr, *shape, stream, arguments.address, 0)
+        launch_kernel(function.ptr, *shape, stream, arguments.address, 0)
         give_back(arguments)
 
     return launch
