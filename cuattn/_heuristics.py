@@ -70,7 +70,7 @@ def _tile(
 
     TFLOP/s on an H200, bf16, causal 16k unless said otherwise (rows a warp × keys a tile):
       128/128  32 × 64: 353    32 × 32: 315    16 × 64: 274    16 × 128: 323
-      192/128  32 × 64, one block: 308    32 × 32, two blocks: 328
+      192/128  32 × 48: 345    32 × 32: 311    32 × 64, one block: 308
       64/64    32 × 128: 327   32 × 64: 282
       256/256  (4 × 4096) 16 × 64: 266    16 × 32: 220
     """
