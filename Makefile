@@ -1,8 +1,9 @@
-# make demo     the operations on real data, on a GPU
-# make test     every test that this machine can run
-# make lint     ruff, clang-format and mypy; changes nothing
-# make format   what of that can be mended
-# make bench    one line a case, on a GPU
+# make demo      the operations on real data: on a GPU, else small in the emulator
+# make test      every test that this machine can run
+# make coverage  which lines of the kernels the emulator runs; wants g++
+# make lint      ruff, clang-format and mypy; changes nothing
+# make format    what of that can be mended
+# make bench     one line a case, on a GPU
 #
 # The first of them makes a virtual environment and installs the project into it.  Settings:
 #   CUDA=13      CUDA 12 or 13, as the driver has it (no GPU is needed to install or to test)
@@ -31,15 +32,18 @@ else
   BIN := $(VENV)/bin/
 endif
 
-CUDA_FILES = $(shell find kernels -name '*.cu' -o -name '*.cuh')
+CUDA_FILES = $(shell find kernels cuattn/emulator -name '*.cu*' -o -name '*.cpp' -o -name '*.h')
 
-.PHONY: demo test lint format bench
+.PHONY: demo test coverage lint format bench
 
 demo: $(READY)
 	$(RUN) -m cuattn demo $(ARGS)
 
 test: $(READY) # one thread of BLAS a process: the processes are many
 	OPENBLAS_NUM_THREADS=1 $(RUN) -m pytest -n $(JOBS) $(ARGS)
+
+coverage: $(READY)
+	$(RUN) -m tests.coverage
 
 lint: $(READY)
 	$(BIN)ruff check .

@@ -1,8 +1,10 @@
 """Attention for any CUDA array: CuPy raw kernels, no framework, skip-softmax included.
 
 Arrays of CuPy, PyTorch, JAX and whatever else speaks DLPack go in, CuPy arrays come out.  Importing
-this package imports neither CuPy nor any framework.
+this package imports neither CuPy nor any framework.  `cuattn.emulator` runs the kernels on a CPU.
 """
+
+from typing import Any
 
 from .prefill import prefill, prefill_paged, prefill_ragged
 from .skip_softmax import SkipSoftmax, SkipStats
@@ -17,3 +19,11 @@ __all__ = [
     "prefill_paged",
     "prefill_ragged",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "emulator":  # imported when it is asked for
+        import importlib
+
+        return importlib.import_module(".emulator", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

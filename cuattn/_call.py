@@ -15,7 +15,7 @@ import numpy as np
 from ml_dtypes import bfloat16
 
 from . import _check, _device, _heuristics, _ingest, _launch, _overlap, _params
-from ._records import Problem, SkipMode, View
+from ._records import Device, Plan, Problem, SkipMode, View
 from .skip_softmax import SkipSoftmax
 
 _DTYPES = {
@@ -97,9 +97,11 @@ def attend(
     `pointers` are those of `_params.POINTERS` up to block_tables, 0 for what the form lacks;
     `given` holds the `Keywords`; `layout` is a paged cache's.
     """
+    q = views[0]
+    if q.device < 0:
+        return _emulate(form, views, given, return_lse, layout)
     import cupy
 
-    q = views[0]
     if q.device != cupy.cuda.runtime.getDevice():
         with cupy.cuda.Device(q.device):
             return attend(form, views, pointers, given, return_lse, stream, layout)
@@ -180,6 +182,44 @@ def attend(
     return (out, lse) if return_lse else out
 
 
+def _emulate(
+    form: Form,
+    views: tuple[View, ...],
+    given: tuple[Any, ...],
+    return_lse: bool,
+    layout: str | None,
+) -> Any:
+    """Do the same for CPU arrays, in the emulator; results are NumPy arrays."""
+    from .emulator import _launch, _settings
+
+    settings = _settings.current()
+    keywords = Keywords(*given)
+    optional, skip_key = _optional(given, None, views[0]), _skip_key(keywords.skip)
+    problem, plan, rest = _planned(
+        form, views, layout, optional, given, skip_key, return_lse, settings.device
+    )
+    named: dict[str, View | None] = dict(zip(form.arrays, views, strict=True))
+    named |= dict(zip(_Optional._fields[:4], optional[:4], strict=True))
+    _overlap.check_overlap({"out": optional.out, "lse": optional.lse}, named)
+    results = {}
+    if keywords.skip is not None and keywords.skip.stats is not None:
+        counts = keywords.skip.stats.counts(problem.batch, problem.q_heads, views[0].device)
+        results["skip_counts"] = counts
+    for name, view, shape, dtype in (
+        ("out", optional.out, problem.out_shape, _DTYPES[problem.out_dtype]),
+        ("lse", optional.lse, problem.lse_shape, np.dtype(np.float32)),
+    ):
+        if view is not None:
+            results[name] = _launch.array_of(view)
+        elif name == "out" or return_lse:
+            results[name] = np.full(shape, np.nan, dtype)
+    _launch.launch(plan, rest, {n: v for n, v in named.items() if v is not None}, results, settings)
+    out = results["out"] if keywords.out is None else keywords.out
+    if not return_lse:
+        return out
+    return out, results["lse"] if keywords.lse is None else keywords.lse
+
+
 def _simple(views: tuple[View, ...], current: int) -> bool:
     """Say whether CuPy's current stream is that of every producer, and no memory needs a guard."""
     for view in views:
@@ -235,6 +275,31 @@ def _prepare(
     return_lse: bool,
 ) -> _Prepared:
     """Check a call of a new kind, plan it, and load its kernel on the current device."""
+    device = _device.describe(views[0].device)
+    problem, plan, rest = _planned(
+        form, views, layout, optional, given, skip_key, return_lse, device
+    )
+    return _Prepared(
+        _launch.prepare(plan, device, rest),
+        problem.out_shape,
+        _DTYPES[problem.out_dtype],
+        problem.lse_shape,
+        problem.batch,
+        problem.q_heads,
+    )
+
+
+def _planned(
+    form: Form,
+    views: tuple[View, ...],
+    layout: str | None,
+    optional: _Optional,
+    given: tuple[Any, ...],
+    skip_key: tuple[str, bool, float, bool] | None,
+    return_lse: bool,
+    device: Device,
+) -> tuple[Problem, Plan, bytes]:
+    """Check and plan a call; return the packed parameters behind its pointers, too."""
     keywords = Keywords(*given)
     _check.flag("return_lse", return_lse)
     options = _check.Options(
@@ -251,7 +316,6 @@ def _prepare(
         out_dtype=keywords.out_dtype,
     )
     problem = form.check(*views, *(() if layout is None else (layout,)), options)
-    device = _device.describe(views[0].device)
     plan = _heuristics.prefill(problem, device)
     out, lse = optional.out, optional.lse
     scale = problem.head_dim_qk**-0.5 if keywords.scale is None else keywords.scale
@@ -266,14 +330,7 @@ def _prepare(
         out_scale=float(out_scale) if optional.out_scale is None else 0.0,
         threshold=skip_key[2] if skip_key else 0.0,
     )
-    return _Prepared(
-        _launch.prepare(plan, device, rest),
-        problem.out_shape,
-        _DTYPES[problem.out_dtype],
-        problem.lse_shape,
-        problem.batch,
-        problem.q_heads,
-    )
+    return problem, plan, rest
 
 
 def _packed(shape: tuple[int, ...]) -> tuple[int, ...]:

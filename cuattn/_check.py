@@ -261,7 +261,7 @@ def _same(what: str, k: View, v: View, axis: int, *, cache: bool = False) -> Non
 
 def _device(name: str, view: View, q: View) -> None:
     if view.device != q.device:
-        raise ValueError(f"{name} is on device {view.device}; wanted q's, {q.device}")
+        raise ValueError(f"{name} is on {view.place}; wanted q's, {q.place}")
 
 
 def _strides(name: str, view: View, *, aligned: bool = True) -> None:

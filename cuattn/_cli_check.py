@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,6 +23,7 @@ from . import (
     _cli_compile,
     _cli_info,
     _heuristics,
+    _workloads,
     prefill,
     prefill_paged,
     prefill_ragged,
@@ -87,18 +90,39 @@ def run(options: argparse.Namespace) -> int:
     """Check what can be checked here; 0 if all of it is well."""
     device = _cli_info.current_device()
     if device is None:
-        return compile_only()
+        return without_gpu()
+    import cupy
+
     print(f"{device.name}, {device.arch}")
-    good = [report(case.name, partial(compute, case)) for case in cases()]
+    return run_cases(cupy)
+
+
+def run_cases(xp: Any) -> int:
+    """Run all cases on arrays of CuPy, or in the emulator on those of NumPy."""
+    good = [report(case.name, partial(compute, case, xp)) for case in cases()]
     wrong = good.count(False)
     print(f"{wrong} of {len(good)} wrong" if wrong else "all is well")
     return 1 if wrong else 0
 
 
-def compile_only() -> int:
-    """Without a GPU: compile for the default architecture and say that nothing was run."""
+def without_gpu() -> int:
+    """Compile for the default architecture, and run the cases in the emulator if it can be."""
+    failed = compile_all()
+    if shutil.which("g++") is None:
+        print("nothing is run: the emulator, which runs kernels on the CPU, wants g++ 12 or later")
+        return failed
+    from . import emulator
+
+    print("the emulator runs the kernels on the CPU; times say nothing about a GPU")
+    with emulator.enabled(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "cuattn runs on its emulator")  # just said
+        return max(failed, run_cases(np))
+
+
+def compile_all() -> int:
+    """Compile what is shipped for the default architecture; 0 if all of it is well."""
     arch = _cli_compile.DEFAULT_ARCH
-    print(f"no CUDA device here: kernels are compiled for {arch}, none is run")
+    print(f"no CUDA device here: kernels are compiled for {arch}")
     jobs = _cli_compile.shipped([arch])
     outcomes = list(_cli_compile.build_all(jobs, len(os.sched_getaffinity(0))))
     for outcome in outcomes:
@@ -119,13 +143,11 @@ def report(name: str, compute: Callable[[], str]) -> bool:
     return not wrong
 
 
-def compute(case: Case) -> str:
+def compute(case: Case, xp: Any) -> str:
     """Compare output, LSE and skip counts of one case; return what is wrong, or nothing."""
-    import cupy
-
-    arrays = [cupy.asarray(array) for array in case.arrays]
+    arrays = [xp.asarray(array) for array in case.arrays]
     options = {
-        name: cupy.asarray(value) if isinstance(value, np.ndarray) else value
+        name: xp.asarray(value) if isinstance(value, np.ndarray) else value
         for name, value in case.options.items()
     }
     results = case.operation(*arrays, **options, return_lse=True)
@@ -133,7 +155,7 @@ def compute(case: Case) -> str:
     step = STEP[str(case.arrays[0].dtype)]
     for name, result, tolerance in (("out", results[0], step), ("lse", results[1], 2.0**-20)):
         wanted = getattr(exact, name)
-        error = np.abs(cupy.asnumpy(result).astype(np.float64) - wanted)
+        error = np.abs(_workloads.on_host(result).astype(np.float64) - wanted)
         allowed = 2 * np.abs(getattr(plain, name).astype(np.float64) - wanted).max() + tolerance * (
             np.abs(wanted) + (name == "lse")
         )

@@ -2,13 +2,14 @@
 
 One call of dense attention, then the same with rising thresholds.  Every line says how long it
 took, how many tiles were skipped, which share of each row's softmax that left out, and how far the
-output is from attention in float64.  Without a GPU the NumPy reference does the same on a small
+output is from attention in float64.  Without a GPU the emulator runs the same kernels on a small
 case, without times.
 """
 
 from __future__ import annotations
 
 import argparse
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -29,8 +30,16 @@ Array = NDArray[Any]
 THRESHOLDS = (0.0, 1e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3)
 DTYPES = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16)}
 TOLERANCE = 1e-2  # of the dense output against float64; bfloat16 gives about 3e-3
+NO_COMPILER = (
+    "Without a GPU the demonstration wants g++ 12 or later, to compile the kernels for the CPU;\n"
+    "neither is here, so there is nothing to show."
+)
+EMULATED = (
+    "So this is the emulator: the GPU kernels' own sources, compiled by g++ for the CPU, on a\n"
+    "small case.  Results and skip counts are those of the kernels; there are no times, as\n"
+    "those of the emulator would say nothing about a GPU.\n"
+)
 WITHOUT_GPU = Size(1, 2048, 2, 2)
-REFERENCE_GEOMETRY = Geometry(block_q=128, block_kv=64, rows_per_vote=32)
 MAP_TOKENS = 4096  # of the picture of skipped tiles
 WORKLOADS: dict[str, tuple[str, Callable[..., Inputs]]] = {
     "w1": ("W1, structured heads", _workloads.structured),
@@ -60,12 +69,15 @@ def main(arguments: Sequence[str]) -> int:
     reason = _why_no_gpu()
     if reason:
         print(f"{reason[0].upper()}{reason[1:]}.")
-        print("So this is the NumPy reference on a small case: the same rule, no times.\n")
+        if not shutil.which("g++"):
+            print(NO_COMPILER)
+            return 1
+        print(EMULATED)
     size = _size(options, small=bool(reason))
     if size.q_heads % size.kv_heads:
         print(f"--kv-heads is {size.kv_heads}, which does not divide --heads {size.q_heads}")
         return 2
-    return (_run_reference if reason else _run_gpu)(size, options)
+    return (_run_emulator if reason else _run_gpu)(size, options)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -129,90 +141,81 @@ def _why_no_gpu() -> str:
 def _run_gpu(size: Size, options: argparse.Namespace) -> int:
     import cupy
 
+    device = _device.describe(_device.current())
+    where = f"{device.name}, {device.arch}"
+    return _run(size, options, cupy, where, _workloads.Stopwatch(cupy).median_ms)
+
+
+def _run_emulator(size: Size, options: argparse.Namespace) -> int:
+    """The same kernels on a small case, without times, which would mean nothing."""
+    import warnings
+
+    from . import emulator
+
+    with emulator.enabled(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "cuattn runs on its emulator")  # said above
+        try:
+            return _run(size, options, np, "none, the emulator on the CPU", None)
+        except emulator.EmulatorError as error:
+            print(f"The emulator stopped the kernel: {error}")
+            return 1
+
+
+def _run(
+    size: Size,
+    options: argparse.Namespace,
+    xp: Any,
+    device: str,
+    median_ms: Callable[[Callable[[], Any]], float] | None,
+) -> int:
+    """Dense attention and the sweep, on arrays of `xp`."""
     from . import SkipSoftmax, prefill
 
     name, make = WORKLOADS[options.workload]
-    causal = not options.full
-    device = _device.describe(_device.current())
-    _header(f"{device.name}, {device.arch}", name, size, options)
-    inputs = make(size, xp=cupy, seed=options.seed, dtype=DTYPES[options.dtype])
+    causal, timed = not options.full, median_ms is not None
+    _header(device, name, size, options)
+    inputs = make(size, xp=xp, seed=options.seed, dtype=DTYPES[options.dtype])
     exact = _workloads.exact_rows(inputs, causal, heads=8)
-    watch = _workloads.Stopwatch(cupy)
 
     dense, lse = prefill(*inputs, causal=causal, return_lse=True)
     error = exact.error(dense)
     if not error < TOLERANCE:
         print(f"The dense output is wrong: {error:.2e} from float64, at most {TOLERANCE} wanted.")
         return 1
-    out = cupy.empty_like(dense)
-    ms = watch.median_ms(partial(prefill, *inputs, causal=causal, out=out))
+    out = xp.empty_like(dense)
+    ms = median_ms(partial(prefill, *inputs, causal=causal, out=out)) if median_ms else None
     points = [Point(None, ms, 0.0, 0.0, 0.0, error)]
-    _table_head(timed=True)
+    _table_head(timed)
     _line(points[0], points[0], size.flops(causal))
     identical = None
     for threshold in options.thresholds:
-        kept, point = _skip_point(inputs, causal, threshold, lse, exact)
+        kept, point = _skip_point(inputs, causal, threshold, lse, exact, xp)
         if threshold == 0:
-            identical = bool((kept.view(cupy.uint16) == dense.view(cupy.uint16)).all())
-        skip = SkipSoftmax(threshold=threshold, unsafe=threshold >= 1)
-        run = partial(prefill, *inputs, causal=causal, skip_softmax=skip, out=out)
-        points.append(replace(point, ms=watch.median_ms(run)))
+            identical = bool((kept.view(xp.uint16) == dense.view(xp.uint16)).all())
+        if median_ms:
+            skip = SkipSoftmax(threshold=threshold, unsafe=threshold >= 1)
+            run = partial(prefill, *inputs, causal=causal, skip_softmax=skip, out=out)
+            point = replace(point, ms=median_ms(run))
+        points.append(point)
         _line(points[-1], points[0], size.flops(causal))
-    _footer(exact, identical, timed=True)
+    _footer(exact, identical, timed)
     geometry = _workloads.plan_of(inputs, causal, skip=True).geometry
     _picture(options, size, inputs, points, geometry)
     return int(identical is False)
 
 
 def _skip_point(
-    inputs: Inputs, causal: bool, threshold: float, dense_lse: Any, exact: ExactRows
+    inputs: Inputs, causal: bool, threshold: float, dense_lse: Any, exact: ExactRows, xp: Any
 ) -> tuple[Any, Point]:
     """The output at one threshold, and what skipping did, not timed."""
-    import cupy
-
     from . import SkipSoftmax, SkipStats, prefill
 
     stats = SkipStats()
     skip = SkipSoftmax(threshold=threshold, unsafe=threshold >= 1, stats=stats)
     out, lse = prefill(*inputs, causal=causal, skip_softmax=skip, return_lse=True)
-    dropped = _workloads.dropped_mass(lse, dense_lse, xp=cupy)
+    dropped = _workloads.dropped_mass(lse, dense_lse, xp=xp)
     mean, worst = float(dropped.mean()), float(dropped.max())
     return out, Point(threshold, None, stats.rate, mean, worst, exact.error(out))
-
-
-def _run_reference(size: Size, options: argparse.Namespace) -> int:
-    from .reference import attention
-
-    name, make = WORKLOADS[options.workload]
-    causal = not options.full
-    _header("none, NumPy in float64", name, size, options)
-    inputs = make(size, seed=options.seed, dtype=DTYPES[options.dtype])
-    exact = _workloads.exact_rows(inputs, causal, heads=8)
-    points = []
-    _table_head(timed=False)
-    for threshold in (None, *options.thresholds):
-        results = [
-            attention(
-                *(x[request] for x in inputs),
-                causal=causal,
-                skip=threshold,
-                unsafe=True,
-                geometry=REFERENCE_GEOMETRY,
-            )
-            for request in range(size.batch)
-        ]
-        visited = sum(int(result.visited.sum()) for result in results)
-        skipped = sum(int(result.skipped.sum()) for result in results)
-        dropped = np.stack([result.dropped_mass for result in results])
-        error = exact.error(np.stack([result.out for result in results]))
-        rate = skipped / max(visited, 1)
-        points.append(
-            Point(threshold, None, rate, float(dropped.mean()), float(dropped.max()), error)
-        )
-        _line(points[-1], points[0], size.flops(causal))
-    _footer(exact, None, timed=False)
-    _picture(options, size, inputs, points, REFERENCE_GEOMETRY)
-    return 0
 
 
 def _header(device: str, name: str, size: Size, options: argparse.Namespace) -> None:

@@ -5,9 +5,12 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
-from ._records import Device
+from ._records import HOST, Device
 
 _OLDEST = (8, 0)
+
+# What the emulator stands for, so that plans are those of an H200.
+EMULATOR = Device(HOST, "emulator", (9, 0), "sm_90a", multiprocessors=1, shared_memory=232_448)
 
 
 def current() -> int:
@@ -23,6 +26,8 @@ def count() -> int:
 @cache
 def describe(ordinal: int) -> Device:
     """Return what a plan may know of one device."""
+    if ordinal == HOST:
+        return EMULATOR
     found = _ask("getDeviceProperties", ordinal)
     capability = (found["major"], found["minor"])
     return Device(

@@ -7,6 +7,8 @@ No data is copied and no framework is imported.  A type's road is chosen once an
    `requires_grad`: what comes back from us carries no gradient, as after `.detach()`.
 3. `__dlpack__` capsules (JAX and others): the producer is told our stream and makes it wait.
 4. `__cuda_array_interface__` (Numba and others).
+
+Arrays on the CPU come the same ways, and NumPy's by `__array_interface__`, for the emulator only.
 """
 
 from __future__ import annotations
@@ -17,20 +19,15 @@ from collections.abc import Callable
 from numbers import Real
 from typing import Any, NamedTuple
 
-from ._records import View
+from . import _dtypes
+from ._host import admit
+from ._records import HOST, View
 
 _Road = Callable[[Any, str, "int | None", "View | None", bool], View]
 _Shape = tuple[int, ...]
 
 _ON_CUDA = {2, 13}  # kDLCUDA, kDLCUDAManaged
 _ON_HOST = {1: "the CPU", 3: "the CPU (in pinned memory)"}
-
-# DLPack's type codes: those with a width of their own in the name, and those without.
-_SIZED = {0: "int", 1: "uint", 2: "float", 4: "bfloat", 5: "complex"}
-_FIXED = {6: "bool", 16: "float6_e3m2fn", 14: "float8_e8m0fnu", 17: "float4_e2m1fn"}
-_FIXED |= {7: "float8_e3m4", 8: "float8_e4m3", 9: "float8_e4m3b11fnuz", 10: "float8_e4m3fn"}
-_FIXED |= {11: "float8_e4m3fnuz", 12: "float8_e5m2", 13: "float8_e5m2fnuz", 15: "float6_e2m3fn"}
-_INTERFACE_KINDS = {"b": "bool", "i": "int", "u": "uint", "f": "float", "c": "complex"}
 
 _WANTED = "an array on a CUDA device"
 _roads: dict[type, _Road] = {}
@@ -115,12 +112,12 @@ def _choose_road(x: Any, name: str) -> _Road:
         api := _exchange_functions(kind.__dlpack_c_exchange_api__)
     ):
         road = _exchange_road(*api)
+    elif hasattr(x, "__array_interface__"):
+        road = _from_numpy
     elif hasattr(x, "__dlpack__") and hasattr(x, "__dlpack_device__"):
         road = _from_capsule
     elif hasattr(x, "__cuda_array_interface__"):
         road = _from_interface
-    elif hasattr(x, "__array_interface__"):
-        raise TypeError(f"{name} is on the CPU ({_a(x)}); wanted {_WANTED}")
     else:
         raise TypeError(
             f"{name} is {_a(x)}; wanted {_WANTED}, with __dlpack__ or __cuda_array_interface__"
@@ -247,7 +244,12 @@ def _exchange_road(fill: Any, current_stream: Any) -> _Road:
         try:
             shape, strides, dtype, device, kind = _memo[key]
         except KeyError:
-            shape, strides, dtype, device, kind = _remember(key, _exchange_layout(x, name, *key))
+            layout = _exchange_layout(x, name, *key)
+            shape, strides, dtype, device, kind = layout
+            if device == HOST:  # not remembered: whether it is admitted may change
+                give_back(slot)
+                return View(pointer + offset, shape, strides, dtype, HOST, None, False, x)
+            _remember(key, layout)
         if like is not None and like.device == device and type(like.owner) is type(x):
             producer = like.stream
         else:
@@ -263,11 +265,11 @@ def _exchange_layout(
     x: Any, name: str, place: bytes, element: bytes, shape: bytes, strides: bytes | None
 ) -> tuple[_Shape, _Shape, str, int, int]:
     kind, device = struct.unpack("=ii", place)
-    _require_cuda(x, name, kind)
+    device = _ordinal(x, name, kind, device)
     count = len(shape) // 8
     dims = struct.unpack(f"={count}q", shape)
     steps = None if strides is None else struct.unpack(f"={count}q", strides)
-    return dims, _normalised(dims, steps), _dlpack_dtype(name, element), device, kind
+    return dims, _normalised(dims, steps), _dtypes.of_dlpack(name, element), device, kind
 
 
 # --- 3. DLPack capsules --------------------------------------------------------------------------
@@ -283,10 +285,13 @@ _READ_ONLY, _COPIED = 1, 2  # bits of DLManagedTensorVersioned.flags
 
 def _from_capsule(x: Any, name: str, stream: int | None, like: View | None, writable: bool) -> View:
     kind, device = (int(part) for part in x.__dlpack_device__())
-    _require_cuda(x, name, kind)
-    if stream is None:
-        stream = _cupy_stream()
-    capsule = _ask_capsule(x, name, stream or 1)  # DLPack writes the null stream as 1
+    device = _ordinal(x, name, kind, device)
+    if device == HOST:
+        capsule = _ask_capsule(x, name, None)
+    else:
+        if stream is None:
+            stream = _cupy_stream()
+        capsule = _ask_capsule(x, name, stream or 1)  # DLPack writes the null stream as 1
     table = _capsule_name(capsule)
     if table == b"dltensor_versioned":
         base = _capsule_pointer(capsule, table)
@@ -311,7 +316,7 @@ def _from_capsule(x: Any, name: str, stream: int | None, like: View | None, writ
         pointer + offset,
         shape,
         _normalised(shape, strides),
-        _dlpack_dtype(name, element),
+        _dtypes.of_dlpack(name, element),
         device,
         None,
         True,
@@ -319,7 +324,7 @@ def _from_capsule(x: Any, name: str, stream: int | None, like: View | None, writ
     )
 
 
-def _ask_capsule(x: Any, name: str, stream: int) -> Any:
+def _ask_capsule(x: Any, name: str, stream: int | None) -> Any:
     try:
         try:
             return x.__dlpack__(stream=stream, max_version=(1, 0))
@@ -347,7 +352,7 @@ def _from_interface(
         raise TypeError(f"{name} is read-only ({_a(x)}); wanted an array that can be written")
     if said.get("mask") is not None:
         raise TypeError(f"{name} is a masked array ({_a(x)}); wanted one without a mask")
-    dtype, itemsize = _interface_dtype(name, said["typestr"])
+    dtype, itemsize = _dtypes.of_interface(name, said["typestr"])
     shape = tuple(said["shape"])
     steps = said.get("strides")
     strides = None if steps is None else _in_elements(name, tuple(steps), itemsize)
@@ -364,20 +369,6 @@ def _from_interface(
     )
 
 
-def _interface_dtype(name: str, typestr: str) -> tuple[str, int]:
-    order, kind, size = typestr[0], typestr[1], typestr[2:]
-    if order == ">":
-        raise TypeError(f"{name} has dtype {typestr!r}; wanted little-endian data")
-    if kind not in _INTERFACE_KINDS or not size.isdigit():
-        raise TypeError(
-            f"{name} has dtype {typestr!r} in __cuda_array_interface__, which cannot tell "
-            "bfloat16 or float8 from raw bytes; wanted an array with __dlpack__"
-        )
-    itemsize = int(size)
-    word = _INTERFACE_KINDS[kind]
-    return (word if kind == "b" else f"{word}{8 * itemsize}"), itemsize
-
-
 def _pointer_device(pointer: int, name: str, x: Any) -> int:
     """Return the ordinal of the device that holds `pointer`: the interface does not say."""
     from cupy.cuda import runtime
@@ -388,6 +379,19 @@ def _pointer_device(pointer: int, name: str, x: Any) -> int:
     if attributes.type not in (2, 3):  # cudaMemoryTypeDevice, cudaMemoryTypeManaged
         raise TypeError(f"{name} is on the CPU ({_a(x)}); wanted {_WANTED}")
     return attributes.device
+
+
+# --- 5. NumPy, for the emulator ------------------------------------------------------------------
+
+
+def _from_numpy(x: Any, name: str, stream: int | None, like: View | None, writable: bool) -> View:
+    admit(name, _a(x), "the CPU", _WANTED)
+    pointer, read_only = x.__array_interface__["data"]
+    if writable and read_only:
+        raise TypeError(f"{name} is read-only ({_a(x)}); wanted an array that can be written")
+    strides = _in_elements(name, x.strides, x.dtype.itemsize)
+    dtype = x.dtype.name if x.dtype.isnative else x.dtype.str
+    return View(pointer, x.shape, _normalised(x.shape, strides), dtype, HOST, None, False, x)
 
 
 # --- common to all roads -------------------------------------------------------------------------
@@ -428,21 +432,14 @@ def _in_elements(name: str, byte_strides: _Shape, itemsize: int) -> _Shape:
     return tuple(step // itemsize for step in byte_strides)
 
 
-def _dlpack_dtype(name: str, element: bytes) -> str:
-    code, bits, lanes = struct.unpack("=BBH", element)
-    if lanes != 1:
-        raise TypeError(f"{name} has elements of {lanes} lanes; wanted one value per element")
-    if code in _FIXED:
-        return _FIXED[code]
-    if code in _SIZED:
-        return f"{_SIZED[code]}{bits}"
-    raise TypeError(f"{name} has an unknown dtype (DLPack code {code}, {bits} bits)")
-
-
-def _require_cuda(x: Any, name: str, kind: int) -> None:
-    if kind not in _ON_CUDA:
-        where = _ON_HOST.get(kind, f"a device of DLPack type {kind}")
-        raise TypeError(f"{name} is on {where} ({_a(x)}); wanted {_WANTED}")
+def _ordinal(x: Any, name: str, kind: int, device: int) -> int:
+    """Return the ordinal for DLPack's (kind, device), or raise TypeError naming the argument."""
+    if kind in _ON_CUDA:
+        return device
+    if kind not in _ON_HOST:
+        raise TypeError(f"{name} is on a device of DLPack type {kind} ({_a(x)}); wanted {_WANTED}")
+    admit(name, _a(x), _ON_HOST[kind], _WANTED)
+    return HOST
 
 
 def _refused(x: Any, name: str, error: Exception) -> TypeError:

@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+HOST = -1  # the ordinal of host memory, which only the emulator reads
+
 
 class View(NamedTuple):
     """An array of any framework, as a kernel sees it.
@@ -26,6 +28,11 @@ class View(NamedTuple):
     stream: int | None
     guarded: bool
     owner: Any
+
+    @property
+    def place(self) -> str:
+        """Where it is, in words."""
+        return "the CPU" if self.device == HOST else f"device {self.device}"
 
 
 @dataclass(frozen=True, slots=True)

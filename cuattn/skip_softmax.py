@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from ._records import HOST
+
 PLANES = ("visited", "skipped", "ineligible")
 
 
@@ -32,7 +34,7 @@ class SkipStats:
     """
 
     def __init__(self) -> None:
-        self._counts: Any = None  # cupy uint64 [visited, skipped, ineligible][batch, heads]
+        self._counts: Any = None  # uint64 [visited, skipped, ineligible][batch, heads]
         self._place: tuple[int, int, int] | None = None  # batch, heads, device
         self._used = False  # since the last reset
 
@@ -74,10 +76,7 @@ class SkipStats:
         """Return the device array ``[3, batch, heads]``, made of zeros if there is none yet."""
         place = (batch, heads, device)
         if self._counts is None or (self._place != place and not self._used):
-            import cupy
-
-            with cupy.cuda.Device(device):
-                self._counts = cupy.zeros((len(PLANES), batch, heads), np.uint64)
+            self._counts = _zeros((len(PLANES), batch, heads), device)
             self._place = place
         elif self._place != place:
             raise ValueError(
@@ -90,8 +89,20 @@ class SkipStats:
     def _read(self) -> np.ndarray:
         if self._counts is None:
             return np.zeros((len(PLANES), 0, 0), np.int64)
+        if isinstance(self._counts, np.ndarray):
+            return self._counts.astype(np.int64)
         self._counts.device.synchronize()
         return self._counts.get().astype(np.int64)
+
+
+def _zeros(shape: tuple[int, ...], device: int) -> Any:
+    """Counters on a device; on the host, where the emulator counts, a NumPy array."""
+    if device == HOST:
+        return np.zeros(shape, np.uint64)
+    import cupy
+
+    with cupy.cuda.Device(device):
+        return cupy.zeros(shape, np.uint64)
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,18 @@
-"""The GPU behind the tests: found once, or the reason why GPU tests are left out.
+"""What runs the calls of the tests: a GPU, or the emulator where there is none.
 
-A test that needs a GPU says `pytestmark = pytest.mark.gpu` or asks for the fixture `gpu`, which
-moves a `Call`'s NumPy arrays over, runs it into guarded memory and brings the results back.
+A test that asks for the fixture `device` runs on either: it moves a `Call`'s NumPy arrays over,
+runs the call into guarded memory and brings the results back. A test that only a GPU can pass says
+`pytestmark = pytest.mark.gpu` or asks for the fixture `gpu`; one of the emulator itself says
+`pytest.mark.emulator`, and is left out where there is no g++.
 """
 
 from __future__ import annotations
 
 import functools
 import os
+import shutil
+import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +22,9 @@ from cases import Call, Case, problem_of
 from compare import NAN_BITS, assert_close, bits
 from numpy.typing import NDArray
 
-from cuattn._records import Geometry, SkipMode
+import cuattn
+from cuattn import _device, _heuristics
+from cuattn._records import Device, Geometry, SkipMode
 
 Array = NDArray[Any]
 
@@ -38,20 +45,30 @@ def missing_gpu() -> str | None:
     return None if count else "no CUDA device"
 
 
+@functools.cache
+def missing_compiler() -> str | None:
+    """Why the emulator cannot run here, None if it can."""
+    return None if shutil.which("g++") else "no g++, which the emulator needs"
+
+
 def pytest_configure(config: pytest.Config) -> None:
     # JAX would take three quarters of the GPU for itself, and tests run in several processes.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     config.addinivalue_line("markers", "gpu: needs a CUDA device")
+    config.addinivalue_line("markers", "emulator: needs g++, for the emulator")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if "gpu" in getattr(item, "fixturenames", ()):
+        names = getattr(item, "fixturenames", ())
+        if "gpu" in names:
             item.add_marker(pytest.mark.gpu)
-    on_gpu = [item for item in items if item.get_closest_marker("gpu")]
-    reason = missing_gpu() if on_gpu else None
-    if reason:
-        for item in on_gpu:
+        elif "device" in names and missing_gpu():
+            item.add_marker(pytest.mark.emulator)
+    for name, missing in (("gpu", missing_gpu), ("emulator", missing_compiler)):
+        marked = [item for item in items if item.get_closest_marker(name)]
+        reason = missing() if marked else None
+        for item in marked if reason else ():
             item.add_marker(pytest.mark.skip(reason=reason))
 
 
@@ -69,54 +86,50 @@ class Guarded:
 
     array: Any
     whole: Any
+    device: Any
 
     def check(self, case: Case) -> None:
         """Demand that the guards are as they were."""
-        whole = bits(to_host(self.whole))
+        whole = bits(self.device.to_host(self.whole))
         for name, part in (("before", whole[:GUARD]), ("behind", whole[-GUARD:])):
             wrong = np.flatnonzero(part != NAN_BITS[whole.dtype.itemsize])
             assert not len(wrong), f"{case}: {len(wrong)} elements {name} the result were written"
 
 
-def to_device(array: Array) -> Any:
-    """A CuPy array with the same strides in a copy of the same memory, poison included."""
-    import cupy
+class Executor:
+    """Runs calls, on what `xp` says: CuPy on the current device, or NumPy in the emulator."""
 
-    whole = array
-    while isinstance(whole.base, np.ndarray):
-        whole = whole.base
-    start = array.__array_interface__["data"][0] - whole.__array_interface__["data"][0]
-    raw = cupy.asarray(np.ascontiguousarray(whole).reshape(-1).view(np.uint8))
-    assert whole.flags.c_contiguous, "the memory of a test's array must be one piece"
-    return cupy.ndarray(array.shape, array.dtype, raw.data + start, array.strides)
+    xp: Any
 
+    def to_device(self, array: Array) -> Any:
+        """An array with the same strides in a copy of the same memory, poison included."""
+        whole = array
+        while isinstance(whole.base, np.ndarray):
+            whole = whole.base
+        start = array.__array_interface__["data"][0] - whole.__array_interface__["data"][0]
+        raw = self.xp.array(np.ascontiguousarray(whole).reshape(-1).view(np.uint8))
+        assert whole.flags.c_contiguous, "the memory of a test's array must be one piece"
+        return self.at(raw, start, array)
 
-def to_host(array: Any) -> Array:
-    """A NumPy copy of a CuPy array; by its bits, for dtypes that CuPy cannot copy itself."""
-    import cupy
+    def at(self, raw: Any, start: int, like: Array) -> Any:
+        """An array like another in given bytes."""
+        raise NotImplementedError
 
-    packed = cupy.ascontiguousarray(array.view(f"u{array.dtype.itemsize}"))
-    host: Array = packed.get().view(array.dtype)
-    return host
+    def to_host(self, array: Any) -> Array:
+        """A NumPy copy of an array."""
+        raise NotImplementedError
 
+    def current(self) -> Device:
+        """What plans are made for."""
+        raise NotImplementedError
 
-def guarded(shape: tuple[int, ...], dtype: Any) -> Guarded:
-    """Room for a result that shows what was and what was not written."""
-    import cupy
-
-    dtype = np.dtype(dtype)
-    size = int(np.prod(shape))
-    pattern = np.full(size + 2 * GUARD, NAN_BITS[dtype.itemsize], f"u{dtype.itemsize}")
-    whole = cupy.asarray(pattern).view(dtype)
-    return Guarded(whole[GUARD : GUARD + size].reshape(shape), whole)
-
-
-class Gpu:
-    """Runs calls on the current device."""
-
-    to_device = staticmethod(to_device)
-    to_host = staticmethod(to_host)
-    guarded = staticmethod(guarded)
+    def guarded(self, shape: tuple[int, ...], dtype: Any) -> Guarded:
+        """Room for a result that shows what was and what was not written."""
+        dtype = np.dtype(dtype)
+        size = int(np.prod(shape))
+        pattern = np.full(size + 2 * GUARD, NAN_BITS[dtype.itemsize], f"u{dtype.itemsize}")
+        whole = self.xp.asarray(pattern).view(dtype)
+        return Guarded(whole[GUARD : GUARD + size].reshape(shape), whole, self)
 
     def arguments(self, call: Call) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The call's arguments with every NumPy array on the device."""
@@ -124,26 +137,24 @@ class Gpu:
         def moved(x: Any) -> Any:
             if isinstance(x, tuple):
                 return tuple(moved(part) for part in x)
-            return to_device(x) if isinstance(x, np.ndarray) else x
+            return self.to_device(x) if isinstance(x, np.ndarray) else x
 
         options = {name: moved(value) for name, value in call.options.items()}
         return tuple(moved(x) for x in call.arrays), options
 
     def run(self, call: Call, **more: Any) -> Outcome:
         """Run the call with `out=` and `lse=` between guards and bring both back."""
-        import cuattn
-
         arrays, options = self.arguments(call)
         q = call.arrays[0]
-        out = guarded((*q.shape[:-1], call.case.d_v), call.case.result_dtype)
-        lse = guarded(q.shape[:-1], np.float32)
+        out = self.guarded((*q.shape[:-1], call.case.d_v), call.case.result_dtype)
+        lse = self.guarded(q.shape[:-1], np.float32)
         returned = getattr(cuattn, call.function)(
             *arrays, **{**options, **more}, out=out.array, lse=lse.array, return_lse=True
         )
         assert returned[0] is out.array and returned[1] is lse.array
         out.check(call.case)
         lse.check(call.case)
-        return Outcome(to_host(out.array), to_host(lse.array))
+        return Outcome(self.to_host(out.array), self.to_host(lse.array))
 
     def check(self, call: Call, **more: Any) -> Outcome:
         """Run the call and compare it with the reference."""
@@ -160,12 +171,68 @@ class Gpu:
 
     def geometry(self, call: Call) -> Geometry:
         """Who votes on what in the kernel that this call gets when it skips."""
-        from cuattn import _device, _heuristics
+        problem = problem_of(call, SkipMode("threshold", False))
+        return _heuristics.prefill(problem, self.current()).geometry
 
-        device = _device.describe(_device.current())
-        return _heuristics.prefill(problem_of(call, SkipMode("threshold", False)), device).geometry
+
+class Gpu(Executor):
+    """The current CUDA device."""
+
+    @property
+    def xp(self) -> Any:  # type: ignore[override]
+        import cupy
+
+        return cupy
+
+    def at(self, raw: Any, start: int, like: Array) -> Any:
+        return self.xp.ndarray(like.shape, like.dtype, raw.data + start, like.strides)
+
+    def to_host(self, array: Any) -> Array:
+        """By its bits, for dtypes that CuPy cannot copy itself."""
+        packed = self.xp.ascontiguousarray(array.view(f"u{array.dtype.itemsize}"))
+        host: Array = packed.get().view(array.dtype)
+        return host
+
+    def current(self) -> Device:
+        return _device.describe(_device.current())
+
+
+class Emulated(Executor):
+    """The emulator, which must be enabled."""
+
+    xp = np
+
+    def at(self, raw: Any, start: int, like: Array) -> Any:
+        return np.ndarray(like.shape, like.dtype, raw, start, like.strides)
+
+    def to_host(self, array: Any) -> Array:
+        return np.array(array)
+
+    def current(self) -> Device:
+        return _device.EMULATOR
+
+
+# Tests take turns, so that a table of cases sees every order of threads and of landing copies.
+TURNS: tuple[dict[str, Any], ...] = (
+    {"schedule": "forward", "mode": "late"},
+    {"schedule": "reverse", "mode": "early"},
+    {"schedule": 1, "mode": "random"},
+    {"schedule": "reverse", "mode": "late"},
+)
 
 
 @pytest.fixture(scope="session")
 def gpu() -> Gpu:
     return Gpu()
+
+
+@pytest.fixture
+def device(request: pytest.FixtureRequest) -> Iterator[Executor]:
+    """A GPU, or the emulator."""
+    if missing_gpu() is None:
+        yield Gpu()
+        return
+    turn = TURNS[zlib.crc32(request.node.name.encode()) % len(TURNS)]
+    with cuattn.emulator.enabled(**turn) as launches:
+        yield Emulated()
+    assert not any(launch.bank_conflicts for launch in launches), "ldmatrix meets bank conflicts"

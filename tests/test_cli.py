@@ -135,10 +135,24 @@ def test_check_without_a_gpu_says_so(
 ) -> None:
     monkeypatch.setattr(_cli_info, "current_device", lambda: None)
     monkeypatch.setattr(_cli_compile.os, "sched_getaffinity", lambda _: {0})
+    monkeypatch.setattr(_cli_check.shutil, "which", lambda name: None)
     assert cli.main(["check"]) == 0
     shown = capsys.readouterr().out
     assert "no CUDA device" in shown
     assert "ok" in shown
+    assert "nothing is run" in shown and "g++" in shown
+
+
+@pytest.mark.emulator
+def test_check_runs_in_the_emulator(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(_cli_info, "current_device", lambda: None)
+    monkeypatch.setattr(_cli_check, "compile_all", lambda: 0)
+    assert cli.main(["check"]) == 0
+    shown = capsys.readouterr().out
+    assert "emulator" in shown
+    assert shown.count("\nok") == len(_cli_check.cases())
 
 
 def test_check_tells_right_from_wrong(capsys: pytest.CaptureFixture[str]) -> None:

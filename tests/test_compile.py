@@ -49,7 +49,16 @@ extern "C" __global__ void __launch_bounds__(1024, 2) spilling(float* x) {
 """
 }
 
-JOBS = _cli_compile.shipped(_cli_compile.ARCHS)
+SHIPPED = _cli_compile.shipped(_cli_compile.ARCHS)
+
+# Two thirds of what is shipped: float16 differs from bfloat16 in the operand types of mma and cvt
+# alone, which take no other registers, so it is compiled in every configuration for one target, and
+# at one head dimension for the others.
+JOBS = [
+    job
+    for job in SHIPPED
+    if job.arch == "sm_90a" or {"bfloat16", "head_dim_qk=128"} & set(job.label.split())
+]
 
 
 def sentence(job: Job) -> str:
@@ -82,7 +91,7 @@ def test_shipped_configuration_compiles_without_spills(job: Job) -> None:
 
 def test_every_kernel_file_is_shipped_for_some_architecture() -> None:
     files = {name.removesuffix(".cu") for name in _sources.read() if name.endswith(".cu")}
-    assert {job.kernel for job in JOBS} == files
+    assert {job.kernel for job in JOBS} == {job.kernel for job in SHIPPED} == files
 
 
 @pytest.fixture

@@ -16,8 +16,6 @@ import pytest
 from cases import USUAL, Call, Case, batched, numpy_skip, paged, ragged
 from compare import assert_close, assert_same_bits
 
-pytestmark = pytest.mark.gpu
-
 HUGE_BYTES = 9 << 30
 
 
@@ -93,53 +91,53 @@ def test_rows_beyond_32_bit_offsets(gpu: Any, huge: Any, far: str) -> None:
     assert_same_bits(gpu.to_host(result), wanted.out, f"{far} far apart")
 
 
-def test_fully_masked_rows_give_zero_and_minus_infinity(gpu: Any) -> None:
+def test_fully_masked_rows_give_zero_and_minus_infinity(device: Any) -> None:
     for sinks in (False, True):
-        outcome = gpu.check(batched(Case(lengths=((100, 37),) * 2, sinks=sinks)))
+        outcome = device.check(batched(Case(lengths=((100, 37),) * 2, sinks=sinks)))
         assert not outcome.out[:, :63].any() and np.isneginf(outcome.lse[:, :63]).all()
         assert outcome.out[:, 63:].any() and np.isfinite(outcome.lse[:, 63:]).all()
 
 
 @pytest.mark.parametrize("logit", [-1e5, 1e5])
-def test_large_logits_are_not_mistaken_for_masked(gpu: Any, logit: float) -> None:
+def test_large_logits_are_not_mistaken_for_masked(device: Any, logit: float) -> None:
     """Every logit is the same, so the result is the mean of V and LSE is logit + ln n."""
     call = batched(Case(lengths=((70, 150),), causal=False))
     ones = [np.ones_like(x) for x in call.arrays[:2]]
     if logit < 0:
         ones[1] = -ones[1]
     call = replace(call, arrays=(*ones, call.arrays[2]), options={"scale": abs(logit) / 64})
-    outcome = gpu.check(call)
+    outcome = device.check(call)
     np.testing.assert_allclose(outcome.lse, logit + math.log(150), rtol=2e-7)
     assert np.abs(outcome.out.astype(np.float32)).max() > 0.05
 
 
-def test_bits_do_not_depend_on_room_to_spare(gpu: Any) -> None:
+def test_bits_do_not_depend_on_room_to_spare(device: Any) -> None:
     """Wider tables, more rows than tokens, a larger cache: upper bounds change nothing."""
     call = paged(Case(lengths=((20, 100), (64, 333))))
     q, cache, tables, seq_lens, cu_q = call.arrays
     wide = np.concatenate([tables, np.full((2, 900), 3, np.int32)], axis=1)
     more_rows = np.concatenate([q, q, q])
     more_pages = np.concatenate([cache, cache[:5]])
-    wanted = gpu.check(call)
+    wanted = device.check(call)
     roomy = replace(call, arrays=(more_rows, more_pages, wide, seq_lens, cu_q))
-    outcome = gpu.run(roomy)
+    outcome = device.run(roomy)
     assert_same_bits(outcome.out[:84], wanted.out[:84], call.case)
     assert_same_bits(outcome.lse[:84], wanted.lse[:84], call.case)
 
 
-def test_lse_is_the_natural_logarithm(gpu: Any) -> None:
+def test_lse_is_the_natural_logarithm(device: Any) -> None:
     call = batched(Case(lengths=((5, 100),), causal=False))
     call = replace(call, arrays=(np.zeros_like(call.arrays[0]), *call.arrays[1:]))
-    np.testing.assert_allclose(gpu.run(call).lse, math.log(100), rtol=1e-6)
+    np.testing.assert_allclose(device.run(call).lse, math.log(100), rtol=1e-6)
 
 
-def test_parts_merge_to_the_whole_by_lse(gpu: Any) -> None:
+def test_parts_merge_to_the_whole_by_lse(device: Any) -> None:
     case = Case(lengths=((70, 300),), causal=False, out_dtype="float32", memory="packed")
     call = batched(case)
     q, k, v = call.arrays
     outs, lses = [], []
     for keys in (slice(0, 37), slice(37, 180), slice(180, 300)):
-        part = gpu.run(replace(call, arrays=(q, k[:, keys].copy(), v[:, keys].copy())))
+        part = device.run(replace(call, arrays=(q, k[:, keys].copy(), v[:, keys].copy())))
         outs.append(part.out.astype(np.float64))
         lses.append(part.lse.astype(np.float64))
     lse = np.logaddexp.reduce(lses, axis=0)
@@ -150,11 +148,11 @@ def test_parts_merge_to_the_whole_by_lse(gpu: Any) -> None:
 
 
 @pytest.mark.parametrize("build", [ragged, paged], ids=lambda f: f.__name__)
-def test_empty_requests_in_any_position(gpu: Any, build: Any) -> None:
+def test_empty_requests_in_any_position(device: Any, build: Any) -> None:
     """A request without rows or keys may stand first, between or last."""
     lengths = ((0, 40), (30, 0), (17, 65), (0, 0))
     for order in itertools.permutations(lengths):
-        outcome = gpu.check(build(Case(lengths=order)))
+        outcome = device.check(build(Case(lengths=order)))
         start = sum(q_len for q_len, _ in order[: order.index((30, 0))])
         assert not outcome.out[start : start + 30].any()
         assert np.isneginf(outcome.lse[start : start + 30]).all()
@@ -196,35 +194,31 @@ def test_two_streams_at_once_do_not_disturb_each_other(gpu: Any) -> None:
     ("dim", "words"),
     [(512, "to 256"), (264, "to 256"), (12, "multiple of 8"), (0, "multiple of 8")],
 )
-def test_unsupported_head_dims_name_the_supported_ones(gpu: Any, dim: int, words: str) -> None:
-    import cupy
-
+def test_unsupported_head_dims_name_the_supported_ones(device: Any, dim: int, words: str) -> None:
     import cuattn
 
-    x = cupy.zeros((2, 5, 4, 512), "float16")[..., :dim]
+    x = device.xp.zeros((2, 5, 4, 512), "float16")[..., :dim]
     with pytest.raises(ValueError, match=words):
         cuattn.prefill(x, x, x)
 
 
 @pytest.mark.parametrize("page_size", [4, 24, 48])
-def test_unsupported_page_sizes_name_the_supported_ones(gpu: Any, page_size: int) -> None:
-    import cupy
-
+def test_unsupported_page_sizes_name_the_supported_ones(device: Any, page_size: int) -> None:
     import cuattn
 
-    cache = cupy.zeros((4, 2, 2, page_size, 64), "float16")
-    index = [cupy.array(x, "int32") for x in ([[0, 1]], [page_size], [0, 3])]
+    cache = device.xp.zeros((4, 2, 2, page_size, 64), "float16")
+    index = [device.xp.array(x, "int32") for x in ([[0, 1]], [page_size], [0, 3])]
     with pytest.raises(ValueError, match="power of two"):
-        cuattn.prefill_paged(cupy.zeros((3, 2, 64), "float16"), cache, *index)
+        cuattn.prefill_paged(device.xp.zeros((3, 2, 64), "float16"), cache, *index)
 
 
-def test_a_soft_cap_caps(gpu: Any) -> None:
+def test_a_soft_cap_caps(device: Any) -> None:
     """Equal logits of 50 under a cap of 10: each counts as 10·tanh(5)."""
     for build in (batched, ragged, paged):
         call = build(Case(lengths=((5, 100),), causal=False, soft_cap=10.0, poison="huge"))
         q, k, *others = (np.ones_like(x) if x.dtype.kind != "i" else x for x in call.arrays)
         call = replace(call, arrays=(q, k, *others), options={**call.options, "scale": 50 / 64})
-        lse = gpu.run(call).lse.reshape(-1, 4)[:5]
+        lse = device.run(call).lse.reshape(-1, 4)[:5]
         np.testing.assert_allclose(lse, 10 * math.tanh(5) + math.log(100), rtol=1e-5)
 
 
@@ -253,15 +247,15 @@ def test_a_second_device_works_while_the_first_is_current(gpu: Any) -> None:
 
 @pytest.mark.parametrize("build", [batched, ragged, paged], ids=lambda f: f.__name__)
 @pytest.mark.parametrize("window_left", [-1, 40])
-def test_what_must_not_be_read_does_not_matter(gpu: Any, build: Any, window_left: int) -> None:
+def test_what_must_not_be_read_does_not_matter(device: Any, build: Any, window_left: int) -> None:
     """NaN, large numbers or infinity around the data: the same bits."""
     case = Case(lengths=((113, 203),) * 2, window_left=window_left, q_heads=10)
     call = build(case)
-    wanted = gpu.check(call)
+    wanted = device.check(call)
     tokens = sum(q for q, _ in case.lengths)
     for poison in (0.0, 30000.0, np.inf):
         changed = replace(call, arrays=tuple(repoison(x, poison) for x in call.arrays))
-        outcome = gpu.run(changed)
+        outcome = device.run(changed)
         for seen, right in ((outcome.out, wanted.out), (outcome.lse, wanted.lse)):
             flat, straight = (
                 x.reshape(-1, *x.shape[call.arrays[0].ndim - 2 :]) for x in (seen, right)
@@ -284,22 +278,22 @@ def repoison(array: np.ndarray[Any, Any], poison: float) -> np.ndarray[Any, Any]
     )
 
 
-def test_partial_tiles_and_odd_groups_ignore_padding(gpu: Any) -> None:
+def test_partial_tiles_and_odd_groups_ignore_padding(device: Any) -> None:
     """97 of 128 keys, 3 heads to a group: what fills the tile has scores that would win."""
     for heads, kv_heads in ((3, 1), (5, 1), (6, 2), (14, 2)):
         case = Case(
             lengths=((41, 97),) * 2, q_heads=heads, kv_heads=kv_heads, causal=False, poison="huge"
         )
-        gpu.check(batched(case))
-        gpu.check(paged(case))
+        device.check(batched(case))
+        device.check(paged(case))
 
 
 @pytest.mark.parametrize("memory", ["padded", "qkv", "bhsd"])
-def test_strided_inputs_give_the_bits_of_packed_ones(gpu: Any, memory: str) -> None:
+def test_strided_inputs_give_the_bits_of_packed_ones(device: Any, memory: str) -> None:
     call = batched(Case(lengths=((113, 113),) * 2, memory=memory))
     packed = replace(call, arrays=tuple(np.ascontiguousarray(x) for x in call.arrays))
     assert any(not x.flags.c_contiguous for x in call.arrays)
-    one, other = gpu.check(call), gpu.run(packed)
+    one, other = device.check(call), device.run(packed)
     assert_same_bits(one.out, other.out, call.case)
     assert_same_bits(one.lse, other.lse, call.case)
 
@@ -307,19 +301,19 @@ def test_strided_inputs_give_the_bits_of_packed_ones(gpu: Any, memory: str) -> N
 @pytest.mark.parametrize("skipping", [False, True], ids=["dense", "skipping"])
 @pytest.mark.parametrize("build", [batched, ragged, paged], ids=lambda f: f.__name__)
 def test_a_request_gives_the_same_bits_alone_and_in_a_batch(
-    gpu: Any, build: Any, skipping: bool
+    device: Any, build: Any, skipping: bool
 ) -> None:
     import cuattn
 
     lengths = ((113, 203),) * 5 if build is batched else ((113, 203), (1, 700), (300, 300), (64, 5))
     call = build(Case(lengths=lengths, q_heads=8))
     more = {"skip_softmax": cuattn.SkipSoftmax(threshold=0.3)} if skipping else {}
-    together = gpu.run(call, **more)
+    together = device.run(call, **more)
     first = 0
     for request, (q_len, _) in enumerate(lengths):
         rows = slice(first, first + q_len)
         first += q_len
-        outcome = gpu.run(alone(call, request, rows), **more)
+        outcome = device.run(alone(call, request, rows), **more)
         inside = request if build is batched else rows
         assert_same_bits(outcome.out.reshape(-1, 8, 64)[:q_len], together.out[inside], call.case)
         assert_same_bits(outcome.lse.reshape(-1, 8)[:q_len], together.lse[inside], call.case)
@@ -344,11 +338,11 @@ def alone(call: Call, request: int, rows: slice) -> Call:
 
 
 @pytest.mark.parametrize("build", [batched, ragged, paged], ids=lambda f: f.__name__)
-def test_a_skip_factor_is_never_ignored(gpu: Any, build: Any) -> None:
+def test_a_skip_factor_is_never_ignored(device: Any, build: Any) -> None:
     """Keys of two kinds, one 9 below: a factor must drop those, whichever function is called."""
     import cuattn
 
-    geometry = gpu.geometry(build(Case(lengths=((64, 512),), causal=False)))
+    geometry = device.geometry(build(Case(lengths=((64, 512),), causal=False)))
     call = build(Case(lengths=((64, 512),), causal=False, poison="huge"))
     clean = replace(call, options={**call.options, "scale": 1.0})
     key = np.arange(512)
@@ -363,7 +357,7 @@ def test_a_skip_factor_is_never_ignored(gpu: Any, build: Any) -> None:
     clean = replace(clean, arrays=tuple(arrays))
     stats = cuattn.SkipStats()
     skip = cuattn.SkipSoftmax(threshold_scale_factor=512 * math.exp(-5.0), stats=stats)
-    outcome = gpu.run(clean, skip_softmax=skip)
+    outcome = device.run(clean, skip_softmax=skip)
     expected = clean.reference(
         geometry=geometry, skip_softmax=numpy_skip(threshold_scale_factor=512 * math.exp(-5.0))
     )

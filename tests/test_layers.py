@@ -13,17 +13,27 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 KERNELS = ROOT / "kernels"
 CUDA = sorted(path for path in KERNELS.rglob("*.cu*") if path.suffix in (".cu", ".cuh"))
-PYTHON = sorted((ROOT / "cuattn").glob("*.py"))
+PACKAGE = ROOT / "cuattn"
+PYTHON = sorted([*PACKAGE.glob("*.py"), *PACKAGE.glob("emulator/*.py")])
+HOST = sorted(  # the emulator's C++: its core, and the kernels' headers for a CPU
+    path for path in PACKAGE.glob("emulator/**/*") if path.suffix in (".cpp", ".h", ".cuh")
+)
 
 CUDA_FLOORS = ("core", "ptx", "tile", "attention", ".")  # "." holds the kernels themselves
 
 # A module imports only from the lines above its own.
 PYTHON_FLOORS = (
-    ("_records",),
-    ("_sources", "_config", "_device", "_overlap"),
+    ("_records", "_dtypes"),
+    ("_sources", "_config", "_device", "_overlap", "_host"),
     ("_compile", "_params", "_replay"),
     ("_ingest", "_check", "_heuristics", "_launch", "reference"),
     ("skip_softmax", "_workloads"),
+    ("emulator._build", "emulator._tensor_map"),
+    ("emulator._memory", "emulator._report"),
+    ("emulator._run",),
+    ("emulator._settings",),
+    ("emulator._launch",),
+    ("emulator",),
     ("_call",),
     ("prefill",),
     ("__init__",),
@@ -40,6 +50,8 @@ NUMPY_ONLY = (
     "_params",
     "_overlap",
     "_replay",
+    "_dtypes",
+    "_host",
     "reference",
 )
 # Modules that may import CuPy, and only inside their functions.
@@ -103,10 +115,30 @@ def test_instructions_and_branches_keep_to_their_floors(path: Path) -> None:
         assert not lines_with(path, r"^\s*#\s*(if|ifdef|ifndef)\b"), "use if constexpr"
 
 
-@pytest.mark.parametrize("path", [*CUDA, *PYTHON], ids=name_of)
+@pytest.mark.parametrize("path", HOST, ids=name_of)
+def test_the_emulator_includes_the_kernels_and_itself(path: Path) -> None:
+    """Headers that kernels see bring no standard header, whose names a GPU would not have."""
+    folder = PACKAGE / "emulator" / "include"
+    for include in includes(path):
+        target = include.strip('<>"')
+        if path.is_relative_to(folder) and include != "EMULATED_FILE":
+            assert (folder / target).is_file() or (KERNELS / target).is_file(), (
+                f"{name_of(path)} includes {include}; wanted a header of the emulator or kernels/"
+            )
+        assert "ptx/" not in target, f"{name_of(path)} includes {include}: that goes up"
+    assert not lines_with(path, r"\b__CUDA_ARCH__\b|\b__CUDACC__\b")
+
+
+@pytest.mark.parametrize("path", [*CUDA, *PYTHON, *HOST], ids=name_of)
 def test_files_stay_readable(path: Path) -> None:
     count = len(path.read_text(encoding="utf-8").splitlines())
     assert count <= LINES, f"{name_of(path)} has {count} lines; {LINES} are the limit"
+
+
+def module_of(path: Path) -> str:
+    """`_call`, `emulator._run`; `emulator` for its `__init__`."""
+    name = ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+    return name.removesuffix(".__init__")
 
 
 def python_floor(module: str) -> int:
@@ -127,7 +159,9 @@ def imports(path: Path) -> Iterator[tuple[str, bool]]:
         if isinstance(node, ast.Import):
             yield from ((alias.name, inside) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            package = ".".join(filter(None, ("cuattn" if node.level else "", node.module)))
+            parts = path.relative_to(ROOT).parent.parts if node.level else ()
+            parts = parts[: len(parts) + 1 - node.level]
+            package = ".".join(filter(None, (*parts, node.module)))
             yield from ((f"{package}.{alias.name}", inside) for alias in node.names)
         inside = inside or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
         for child in ast.iter_child_nodes(node):
@@ -138,30 +172,31 @@ def imports(path: Path) -> Iterator[tuple[str, bool]]:
 
 @pytest.mark.parametrize("path", PYTHON, ids=name_of)
 def test_python_imports_go_down(path: Path) -> None:
-    floor = python_floor(path.stem)
-    modules = {other.stem for other in PYTHON}
+    floor = python_floor(module_of(path))
+    modules = {module_of(other) for other in PYTHON}
     for name, _ in imports(path):
         package, _, module = name.partition(".")
         if package != "cuattn":
             continue
-        module = module.partition(".")[0] or "__init__"
-        if module not in modules:  # a public name: `from cuattn import prefill_ragged`
-            module = "__init__"
+        while module and module not in modules:  # a public name: `from cuattn import prefill`
+            module = module.rpartition(".")[0]
+        module = module or "__init__"
         assert python_floor(module) < floor, f"{name_of(path)} imports cuattn.{module}: not below"
 
 
 @pytest.mark.parametrize("path", PYTHON, ids=name_of)
 def test_foreign_imports_are_the_allowed_ones(path: Path) -> None:
+    module = module_of(path)
     for name, inside in imports(path):
         package = name.partition(".")[0]
         if package in ("cuattn", "numpy", "ml_dtypes") or package in sys.stdlib_module_names:
             continue
-        assert path.stem not in NUMPY_ONLY, f"{name_of(path)} imports {name}; NumPy is its limit"
+        assert module not in NUMPY_ONLY, f"{name_of(path)} imports {name}; NumPy is its limit"
         if package in ("cupy", "cupyx"):
-            assert path.stem in CUPY_INSIDE and inside, (
+            assert module in CUPY_INSIDE and inside, (
                 f"{name_of(path)} imports {name}; that is for functions of {CUPY_INSIDE}"
             )
         elif package == "benchmarks":
-            assert path.stem in ("_demo", "__main__") and inside
+            assert module in ("_demo", "__main__") and inside
         else:
-            assert path.stem in FRAMEWORKS_INSIDE and inside, f"{name_of(path)} imports {name}"
+            assert module in FRAMEWORKS_INSIDE and inside, f"{name_of(path)} imports {name}"

@@ -21,6 +21,12 @@ SOURCES = sorted(
     if path.suffix in (".cu", ".cuh")
 )
 
+EMULATOR = sorted(
+    path.relative_to(ROOT).as_posix()
+    for path in (ROOT / "cuattn" / "emulator").rglob("*")
+    if path.suffix in (".cpp", ".h", ".cuh")
+)
+
 # Prints where the package and its kernels are; then compiles one shipped configuration.
 PROBE = """
 import sys
@@ -69,6 +75,8 @@ def kernels_in(names: list[str], folder: str) -> list[str]:
 def test_wheel_holds_the_kernels_once(tmp_path: Path) -> None:
     names = zipfile.ZipFile(build("wheel", tmp_path)).namelist()
     assert kernels_in(names, "cuattn/kernels/") == SOURCES
+    emulator = [name for name in names if name.startswith("cuattn/emulator/")]
+    assert sorted(name for name in emulator if not name.endswith((".py", ".md"))) == EMULATOR
     tops = {name.partition("/")[0] for name in names}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"cuattn"}
     assert "cuattn/kernels/__init__.py" not in names
@@ -104,6 +112,20 @@ def test_installed_wheel_compiles_from_its_own_kernels(
     assert Path(package).parent == site / "cuattn"
     assert Path(kernels) == site / "cuattn" / "kernels"
     assert start == repr(b"\x7fELF")
+    if shutil.which("g++"):  # the emulator's C++ travels, too
+        code = (
+            "import numpy as np, cuattn\nx = np.ones((1, 4, 1, 8), np.float16)\n"
+            "print(cuattn.prefill(x, x, x).sum())"
+        )
+        environment = {**os.environ, "PYTHONPATH": str(site), "CUATTN_EMULATOR": "1"}
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", code],
+            cwd=site,
+            env=environment,
+            text=True,
+            capture_output=True,
+        )
+        assert done.stdout == "32.0\n", done.stderr
 
 
 def test_bare_checkout_finds_its_kernels(tmp_path: Path) -> None:

@@ -30,7 +30,6 @@ from numpy.typing import NDArray
 from cuattn._records import Geometry
 
 Array = NDArray[Any]
-on_gpu = pytest.mark.gpu
 
 SAFE_MARGIN = 1e-3  # natural-log units; float32 scores of these cases are good to about 1e-5
 SHORT = replace(SKIP_CASES[0], lengths=((200, 1500),) * 2)
@@ -54,21 +53,21 @@ def counts(stats: Any) -> dict[str, Array]:
     return {name: np.asarray(array) for name, array in stats.per_head().items()}
 
 
-def check_against_replay(gpu: Any, call: Call, **threshold: Any) -> Array:
+def check_against_replay(device: Any, call: Call, **threshold: Any) -> Array:
     """Run with skipping; results and counts must be those of the replay, which skipped a part."""
     import cuattn
 
-    geometry = gpu.geometry(call)
+    geometry = device.geometry(call)
     skip = numpy_skip(**threshold)
     expected = call.reference(geometry=geometry, skip_softmax=skip)
     assert expected.margin > SAFE_MARGIN, f"{call.case}: a vote is undecided by {expected.margin}"
     assert 0 < expected.skipped.sum() < expected.visited.sum(), f"{call.case}: nothing to see"
     stats = cuattn.SkipStats()
     threshold = {
-        name: gpu.to_device(value) if isinstance(value, np.ndarray) else value
+        name: device.to_device(value) if isinstance(value, np.ndarray) else value
         for name, value in threshold.items()
     }
-    outcome = gpu.run(call, skip_softmax=cuattn.SkipSoftmax(**threshold, stats=stats))
+    outcome = device.run(call, skip_softmax=cuattn.SkipSoftmax(**threshold, stats=stats))
     for name, seen in counts(stats).items():
         np.testing.assert_array_equal(seen, getattr(expected, name), f"{call.case}: {name}")
     assert (stats.visited, stats.skipped, stats.ineligible) == (
@@ -77,35 +76,32 @@ def check_against_replay(gpu: Any, call: Call, **threshold: Any) -> Array:
         expected.ineligible.sum(),
     )
     assert stats.rate == pytest.approx(expected.skipped.sum() / expected.visited.sum())
-    gpu.compare(call, outcome, geometry=geometry, skip_softmax=skip)
+    device.compare(call, outcome, geometry=geometry, skip_softmax=skip)
     return expected.skipped
 
 
-@on_gpu
 @pytest.mark.parametrize("share", [0.2, 0.5])
 @pytest.mark.parametrize("case", SKIP_CASES, ids=str)
-def test_batched_skips_the_same_tiles(gpu: Any, case: Case, share: float) -> None:
+def test_batched_skips_the_same_tiles(device: Any, case: Case, share: float) -> None:
     call = batched(case)
     check_against_replay(
-        gpu, call, threshold=threshold_for(call.votes(gpu.geometry(call)).statistics, share)
+        device, call, threshold=threshold_for(call.votes(device.geometry(call)).statistics, share)
     )
 
 
-@on_gpu
 @pytest.mark.parametrize("case", SKIP_RAGGED, ids=str)
-def test_ragged_skips_the_same_tiles(gpu: Any, case: Case) -> None:
+def test_ragged_skips_the_same_tiles(device: Any, case: Case) -> None:
     call = ragged(case)
     check_against_replay(
-        gpu, call, threshold=threshold_for(call.votes(gpu.geometry(call)).statistics, 0.3)
+        device, call, threshold=threshold_for(call.votes(device.geometry(call)).statistics, 0.3)
     )
 
 
-@on_gpu
 @pytest.mark.parametrize("case", SKIP_PAGED, ids=str)
-def test_paged_skips_the_same_tiles(gpu: Any, case: Case) -> None:
+def test_paged_skips_the_same_tiles(device: Any, case: Case) -> None:
     call = paged(case)
     check_against_replay(
-        gpu, call, threshold=threshold_for(call.votes(gpu.geometry(call)).statistics, 0.3)
+        device, call, threshold=threshold_for(call.votes(device.geometry(call)).statistics, 0.3)
     )
 
 
@@ -114,9 +110,9 @@ def request_call(call: Call, request: int) -> Call:
     return replace(call, arrays=tuple(x[request : request + 1] for x in call.arrays))
 
 
-def table_of_thresholds(gpu: Any, call: Call, shares: list[list[float]]) -> Array:
+def table_of_thresholds(device: Any, call: Call, shares: list[list[float]]) -> Array:
     """λ by request and head, each far from the votes it decides."""
-    geometry = gpu.geometry(call)
+    geometry = device.geometry(call)
     table = np.zeros((len(shares), len(shares[0])), np.float32)
     for request, row in enumerate(shares):
         statistics = request_call(call, request).votes(geometry).statistics
@@ -125,64 +121,57 @@ def table_of_thresholds(gpu: Any, call: Call, shares: list[list[float]]) -> Arra
     return table
 
 
-@on_gpu
-def test_thresholds_by_request_and_head(gpu: Any) -> None:
+def test_thresholds_by_request_and_head(device: Any) -> None:
     call = batched(SHORT)
-    table = table_of_thresholds(gpu, call, [[0.5, 0.1, 0.0, 0.3], [0.0, 0.2, 0.6, 0.0]])
-    skipped = check_against_replay(gpu, call, threshold=table)
+    table = table_of_thresholds(device, call, [[0.5, 0.1, 0.0, 0.3], [0.0, 0.2, 0.6, 0.0]])
+    skipped = check_against_replay(device, call, threshold=table)
     assert (skipped > 0).tolist() == (table > 0).tolist()
 
 
-@on_gpu
-def test_thresholds_by_request(gpu: Any) -> None:
+def test_thresholds_by_request(device: Any) -> None:
     call = batched(SHORT)
-    geometry = gpu.geometry(call)
+    geometry = device.geometry(call)
     chosen = threshold_for(request_call(call, 1).votes(geometry).statistics, 0.4)
-    skipped = check_against_replay(gpu, call, threshold=np.array([0.0, chosen], np.float32))
+    skipped = check_against_replay(device, call, threshold=np.array([0.0, chosen], np.float32))
     assert not skipped[0].any() and skipped[1].all()
 
 
-@on_gpu
-def test_thresholds_may_be_a_slice(gpu: Any) -> None:
+def test_thresholds_may_be_a_slice(device: Any) -> None:
     """A live array need not be packed."""
     call = batched(SHORT)
-    table = table_of_thresholds(gpu, call, [[0.5, 0.1, 0.0, 0.3], [0.0, 0.2, 0.6, 0.0]])
+    table = table_of_thresholds(device, call, [[0.5, 0.1, 0.0, 0.3], [0.0, 0.2, 0.6, 0.0]])
     wide = np.full((4, 12), 0.9, np.float32)
     wide[::2, 1:9:2] = table
-    check_against_replay(gpu, call, threshold=wide[::2, 1:9:2])
+    check_against_replay(device, call, threshold=wide[::2, 1:9:2])
 
 
-@on_gpu
-def test_thresholds_are_read_at_every_call(gpu: Any) -> None:
-    import cupy
-
+def test_thresholds_are_read_at_every_call(device: Any) -> None:
     import cuattn
 
     call = batched(SHORT)
-    geometry = gpu.geometry(call)
+    geometry = device.geometry(call)
     levels = [threshold_for(call.votes(geometry).statistics, share) for share in (0.1, 0.5)]
-    live = cupy.zeros(2, "float32")
+    live = device.xp.zeros(2, "float32")
     stats = cuattn.SkipStats()
     skip = cuattn.SkipSoftmax(threshold=live, stats=stats)
     seen = []
     for level in (0.0, *levels):
         live.fill(level)
         stats.reset()
-        gpu.run(call, skip_softmax=skip)
+        device.run(call, skip_softmax=skip)
         expected = call.reference(geometry=geometry, skip_softmax=numpy_skip(threshold=level))
         assert stats.skipped == expected.skipped.sum()
         seen.append(stats.skipped)
     assert 0 == seen[0] < seen[1] < seen[2] < stats.visited
 
 
-@on_gpu
 @pytest.mark.parametrize("build", [ragged, paged], ids=lambda f: f.__name__)
-def test_a_scale_factor_is_divided_by_each_length(gpu: Any, build: Any) -> None:
+def test_a_scale_factor_is_divided_by_each_length(device: Any, build: Any) -> None:
     """λ = factor / kv_len, so a short request is cut more; λ of 1 or more does not skip."""
     import cuattn
 
     call = build(replace(SHORT, lengths=((200, 400), (100, 700), (50, 64), (20, 0))))
-    geometry = gpu.geometry(call)
+    geometry = device.geometry(call)
     votes = call.votes(geometry)
     factor = 700 * threshold_for(votes.statistics, 0.25)
     for nudge in np.linspace(1, 1.3, 40):  # to a factor that suits every length
@@ -191,30 +180,29 @@ def test_a_scale_factor_is_divided_by_each_length(gpu: Any, build: Any) -> None:
         if expected.margin > SAFE_MARGIN:
             break
     skipped = check_against_replay(
-        gpu, call, threshold_scale_factor=skip.threshold_scale_factor
+        device, call, threshold_scale_factor=skip.threshold_scale_factor
     ).sum(axis=1)
     assert skipped[0] > 0 and skipped[1] > 0
     stats = cuattn.SkipStats()
     everything = cuattn.SkipSoftmax(threshold_scale_factor=500.0, stats=stats)
-    gpu.run(call, skip_softmax=everything)
+    device.run(call, skip_softmax=everything)
     seen = counts(stats)
     assert (seen["ineligible"][[0, 2]] == seen["visited"][[0, 2]]).all()
     assert seen["visited"][:3].all() and not seen["visited"][3].any()
     assert not seen["skipped"][[0, 2, 3]].any() and not seen["ineligible"][1].any()
 
 
-@on_gpu
 @pytest.mark.parametrize("build", [batched, ragged, paged], ids=lambda f: f.__name__)
 @pytest.mark.parametrize("sinks", [False, True], ids=["", "sinks"])
 def test_thresholds_that_skip_nothing_give_the_dense_bits(
-    gpu: Any, build: Any, sinks: bool
+    device: Any, build: Any, sinks: bool
 ) -> None:
     import cuattn
 
     call = build(replace(SHORT, sinks=sinks))
-    dense = gpu.check(call)
-    zeros = gpu.to_device(np.zeros(2, np.float32))
-    nan = gpu.to_device(np.full((2, 4), np.nan, np.float32))
+    dense = device.check(call)
+    zeros = device.to_device(np.zeros(2, np.float32))
+    nan = device.to_device(np.full((2, 4), np.nan, np.float32))
     for fields in (
         {"threshold": 0.0},
         {"threshold": 1e-30},
@@ -224,24 +212,23 @@ def test_thresholds_that_skip_nothing_give_the_dense_bits(
         {"threshold": nan},
         {"threshold_scale_factor": 1e5},
     ):
-        outcome = gpu.run(call, skip_softmax=cuattn.SkipSoftmax(**fields))
+        outcome = device.run(call, skip_softmax=cuattn.SkipSoftmax(**fields))
         assert_same_bits(outcome.out, dense.out, f"{call.case} with {fields}")
         assert_same_bits(outcome.lse, dense.lse, f"{call.case} with {fields}")
-    some = gpu.run(call, skip_softmax=cuattn.SkipSoftmax(threshold=0.5))
+    some = device.run(call, skip_softmax=cuattn.SkipSoftmax(threshold=0.5))
     assert (some.lse != dense.lse).any(), "this data has nothing to skip, the test shows nothing"
 
 
-@on_gpu
 @pytest.mark.parametrize("value", [1.0, 3.0, math.inf, math.nan, -0.5])
-def test_live_thresholds_outside_zero_to_one_count_as_ineligible(gpu: Any, value: float) -> None:
+def test_live_thresholds_outside_zero_to_one_count_as_ineligible(device: Any, value: float) -> None:
     import cuattn
 
     call = batched(SHORT)
-    dense = gpu.run(call)
+    dense = device.run(call)
     live = np.array([0.3, value], np.float32)
     stats = cuattn.SkipStats()
-    skip = cuattn.SkipSoftmax(threshold=gpu.to_device(live), stats=stats)
-    outcome = gpu.run(call, skip_softmax=skip)
+    skip = cuattn.SkipSoftmax(threshold=device.to_device(live), stats=stats)
+    outcome = device.run(call, skip_softmax=skip)
     assert_same_bits(outcome.out[1], dense.out[1], call.case)
     seen = counts(stats)
     assert seen["skipped"][0].all() and not seen["ineligible"][0].any()
@@ -268,56 +255,53 @@ def votes_of(call: Call, geometry: Geometry) -> int:
     return 2 * -(-call.arrays[0].shape[1] // geometry.rows_per_vote)
 
 
-@on_gpu
-def test_half_of_equal_keys_takes_ln_2_off_lse(gpu: Any) -> None:
+def test_half_of_equal_keys_takes_ln_2_off_lse(device: Any) -> None:
     """Two tiles of equal scores: λ = 2 drops the second, whose values would have cancelled."""
     import cuattn
 
-    geometry = gpu.geometry(two_tiers(Geometry(128, 64, 16), 2, [0], 0.0))
+    geometry = device.geometry(two_tiers(Geometry(128, 64, 16), 2, [0], 0.0))
     call = two_tiers(geometry, 2, [0], 0.0)
     keys = 2 * geometry.block_kv
-    dense = gpu.run(call)
+    dense = device.run(call)
     np.testing.assert_array_equal(dense.out, 0)
     np.testing.assert_allclose(dense.lse, math.log(keys), rtol=1e-6)
     stats = cuattn.SkipStats()
     for fields in (
         {"threshold": 2.0},
-        {"threshold": gpu.to_device(np.array([2.0], np.float32))},
+        {"threshold": device.to_device(np.array([2.0], np.float32))},
         {"threshold_scale_factor": 2.0 * keys},
     ):
         stats.reset()
         skip = cuattn.SkipSoftmax(**fields, unsafe=True, stats=stats)
-        cut = gpu.run(call, skip_softmax=skip)
+        cut = device.run(call, skip_softmax=skip)
         np.testing.assert_array_equal(cut.out, 1)
         np.testing.assert_allclose(dense.lse - cut.lse, math.log(2), atol=5e-6)
         groups = votes_of(call, geometry)
         assert (stats.visited, stats.skipped, stats.ineligible) == (2 * groups, groups, 0)
 
 
-@on_gpu
-def test_a_tile_exactly_at_the_threshold_is_kept(gpu: Any) -> None:
+def test_a_tile_exactly_at_the_threshold_is_kept(device: Any) -> None:
     """The comparison is strict: with λ = 1 equal keys stay."""
     import cuattn
 
-    geometry = gpu.geometry(two_tiers(Geometry(128, 64, 16), 4, [0, 1, 2, 3], 0.0))
+    geometry = device.geometry(two_tiers(Geometry(128, 64, 16), 4, [0, 1, 2, 3], 0.0))
     call = two_tiers(geometry, 4, [0, 2], 0.0)
     stats = cuattn.SkipStats()
-    outcome = gpu.run(
+    outcome = device.run(
         call, skip_softmax=cuattn.SkipSoftmax(threshold=1.0, unsafe=True, stats=stats)
     )
     np.testing.assert_array_equal(outcome.out, 0)
     assert stats.skipped == 0 and stats.visited == 4 * votes_of(call, geometry)
 
 
-@on_gpu
 @pytest.mark.parametrize(
     ("tiles", "high"), [(8, [0, 7]), (8, [0, 2, 4, 6]), (8, [7]), (10, [0]), (8, [3])]
 )
-def test_a_constructed_share_is_skipped(gpu: Any, tiles: int, high: list[int]) -> None:
+def test_a_constructed_share_is_skipped(device: Any, tiles: int, high: list[int]) -> None:
     """Tiles 4 below the others go at λ = e^-2, once a higher one has been seen."""
     import cuattn
 
-    geometry = gpu.geometry(two_tiers(Geometry(128, 64, 16), tiles, high, 4.0))
+    geometry = device.geometry(two_tiers(Geometry(128, 64, 16), tiles, high, 4.0))
     call = two_tiers(geometry, tiles, high, 4.0)
     order = [0, *range(tiles - 1, 0, -1)]
     first_high = min(order.index(tile) for tile in high)
@@ -325,7 +309,7 @@ def test_a_constructed_share_is_skipped(gpu: Any, tiles: int, high: list[int]) -
     low_kept = tiles - len(high) - len(gone)
     stats = cuattn.SkipStats()
     skip = cuattn.SkipSoftmax(threshold=math.exp(-2), stats=stats)
-    outcome = gpu.run(call, skip_softmax=skip)
+    outcome = device.run(call, skip_softmax=skip)
     groups = votes_of(call, geometry)
     assert (stats.visited, stats.skipped) == (tiles * groups, len(gone) * groups)
     low = low_kept * math.exp(-4)
@@ -335,23 +319,21 @@ def test_a_constructed_share_is_skipped(gpu: Any, tiles: int, high: list[int]) -
     np.testing.assert_allclose(outcome.out.astype(np.float64), wanted, rtol=2e-3)
 
 
-@on_gpu
-def test_one_objecting_row_keeps_the_tile_for_its_group_only(gpu: Any) -> None:
+def test_one_objecting_row_keeps_the_tile_for_its_group_only(device: Any) -> None:
     import cuattn
 
-    geometry = gpu.geometry(two_tiers(Geometry(128, 64, 16), 8, [0], 8.0))
+    geometry = device.geometry(two_tiers(Geometry(128, 64, 16), 8, [0], 8.0))
     call = two_tiers(geometry, 8, [0], 8.0)
     q = call.arrays[0].copy()
     row = geometry.rows_per_vote + 3
     q[0, row, 1] = 1 / 16  # its scores differ by 0.5 only
     call = replace(call, arrays=(q, *call.arrays[1:]))
     stats = cuattn.SkipStats()
-    gpu.run(call, skip_softmax=cuattn.SkipSoftmax(threshold=math.exp(-2), stats=stats))
+    device.run(call, skip_softmax=cuattn.SkipSoftmax(threshold=math.exp(-2), stats=stats))
     groups = votes_of(call, geometry) // 2
     assert counts(stats)["skipped"].tolist() == [[7 * groups, 7 * (groups - 1)]]
 
 
-@on_gpu
 def test_independent_data_skips_at_the_rate_of_records(gpu: Any) -> None:
     """λ = 1 on i.i.d. data: tile j escapes a new maximum in all rows with (1 - 1/j)^rows."""
     import cuattn
@@ -368,18 +350,17 @@ def test_independent_data_skips_at_the_rate_of_records(gpu: Any) -> None:
     assert stats.rate == pytest.approx(wanted, rel=0.15)
 
 
-@on_gpu
 @pytest.mark.parametrize("build", [batched, ragged, paged], ids=lambda f: f.__name__)
-def test_dropped_mass_bounds_the_distance_from_dense(gpu: Any, build: Any) -> None:
+def test_dropped_mass_bounds_the_distance_from_dense(device: Any, build: Any) -> None:
     """Skipping is near the dense result, by as much as the dropped mass says, and not equal."""
     import cuattn
 
     call = build(SHORT)
-    geometry = gpu.geometry(call)
+    geometry = device.geometry(call)
     level = threshold_for(call.votes(geometry).statistics, 0.3)
     expected = call.reference(geometry=geometry, skip_softmax=numpy_skip(threshold=level))
-    dense = gpu.run(call)
-    cut = gpu.run(call, skip_softmax=cuattn.SkipSoftmax(threshold=level))
+    dense = device.run(call)
+    cut = device.run(call, skip_softmax=cuattn.SkipSoftmax(threshold=level))
     shape = (-1, *dense.out.shape[-2:])
     tokens = sum(q_len for q_len, _ in call.case.lengths)
     one, other = (x.out.reshape(shape)[:tokens].astype(np.float64) for x in (dense, cut))

@@ -42,6 +42,8 @@ DEVICE T shuffle_up(T value, int32 distance) {
 DEVICE bool warp_all(bool predicate) { return __all_sync(full_warp, predicate); }
 DEVICE bool warp_any(bool predicate) { return __any_sync(full_warp, predicate); }
 DEVICE uint32 warp_ballot(bool predicate) { return __ballot_sync(full_warp, predicate); }
+// Orders the lanes' accesses to memory.
+DEVICE void sync_warp() { __syncwarp(full_warp); }
 DEVICE int32 count_ones(uint32 bits) { return __popc(bits); }
 
 DEVICE void atomic_add(uint64* counter, uint64 amount) { atomicAdd(counter, amount); }

@@ -1,10 +1,11 @@
-// The words every kernel is written in: integers of fixed width and 16-bit storage types.
+// The words every kernel is written in: integers of fixed width and small storage types.
 #pragma once
 
 #define DEVICE __device__ __forceinline__
 #define KERNEL extern "C" __global__
 
 using int32 = int;
+using uint8 = unsigned char;
 using uint16 = unsigned short;
 using uint32 = unsigned int;
 using int64 = long long;
@@ -18,6 +19,9 @@ struct bf16 {
 };
 struct fp16 {
   uint16 bits;
+};
+struct e4m3 {
+  uint8 bits;
 };
 
 // What the elements of an array are; the order is that of `_params.DTYPES`.

@@ -1,0 +1,89 @@
+"""One planned call on CPU arrays: copies into the emulator's memory, the kernel, results back."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Mapping
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+from .. import _params
+from .._records import Plan, View
+from ._memory import Memory
+from ._run import run
+from ._settings import Settings
+
+Array = NDArray[Any]
+
+_DTYPES = {"bfloat16": np.dtype(ml_dtypes.bfloat16)}
+
+# Where the kernel's name for an argument is not the caller's.
+_PARAMETERS = {
+    "kv_cache (k)": "k",
+    "kv_cache (v)": "v",
+    "scale": "scale_array",
+    "out_scale": "out_scale_array",
+}
+
+
+def launch(
+    plan: Plan,
+    rest: bytes,
+    inputs: Mapping[str, View],
+    results: Mapping[str, Array],
+    settings: Settings,
+) -> None:
+    """Run a plan's kernel.
+
+    Parameters
+    ----------
+    plan : Plan
+    rest : bytes
+        The packed parameters behind the pointers.
+    inputs : mapping
+        Views in host memory by the caller's names.
+    results : mapping
+        Arrays that the kernel writes to, by the kernel's names; they start as they are.
+    settings : Settings
+    """
+    if not plan.grid[0]:
+        return
+    with Memory() as memory:
+        places = {}
+        for name, view in inputs.items():
+            parameter = _PARAMETERS.get(name, name)
+            places[parameter] = memory.add(parameter, array_of(view))
+        for name, array in results.items():
+            places[name] = memory.add(name, array, writable=True)
+        packed = bytearray(_params.SIZE - len(rest)) + rest
+        _params.pack_pointers_into(packed, 0, *(places.get(n, 0) for n in _params.POINTERS))
+        counts = run(
+            plan.kernel,
+            plan.config.define(),
+            plan.grid[0],
+            plan.threads,
+            bytes(packed),
+            shared_bytes=plan.shared_memory,
+            schedule=settings.schedule,
+            mode=settings.mode,
+            race=settings.race,
+            sources=settings.sources,
+        )
+        for name, array in results.items():
+            array[...] = memory[name]
+    if settings.launches is not None:
+        settings.launches.append(counts)
+
+
+def array_of(view: View) -> Array:
+    """Return the NumPy array over a view's memory, which its owner keeps alive."""
+    dtype = _DTYPES.get(view.dtype) or np.dtype(view.dtype)
+    strides = tuple(step * dtype.itemsize for step in view.strides)
+    if 0 in view.shape:
+        return np.empty(view.shape, dtype)
+    span = sum((n - 1) * step for n, step in zip(view.shape, strides, strict=True)) + dtype.itemsize
+    raw = memoryview((ctypes.c_ubyte * span).from_address(view.pointer))
+    return np.ndarray(view.shape, dtype, raw, 0, strides)

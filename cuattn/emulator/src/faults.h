@@ -1,0 +1,21 @@
+// What the processor refuses, and launches that do not end, become messages of the emulator.
+#pragma once
+
+#include <csignal>
+
+namespace emulator::faults {
+
+// While it lives, faults and a timer of processor time are ours.
+class Guard {
+ public:
+  Guard();
+  ~Guard();
+  Guard(const Guard&) = delete;
+  Guard& operator=(const Guard&) = delete;
+
+ private:
+  struct sigaction segv_, bus_, trap_, alarm_;
+  stack_t stack_;
+};
+
+}  // namespace emulator::faults
