@@ -201,6 +201,24 @@ KERNEL void conformance(const __grid_constant__ Params params) {
   if (elect_lane()) atomic_add(params.sum, uint64(1) << 40);
 }
 """
+REDUCTIONS = """
+#include <ptx/grid.cuh>
+#include <ptx/redux.cuh>
+
+struct Params {
+  const uint32* values;  // [32]
+  uint32* reduced;       // [add, min, max, and, or, xor][32 lanes]
+};
+
+KERNEL void conformance(const __grid_constant__ Params params) {
+  grid_dependency_wait();
+  const uint32 lane = lane_index(), value = params.values[lane];
+  const uint32 results[6] = {redux_add(value), redux_min(value), redux_max(value),
+                             redux_and(value), redux_or(value),  redux_xor(value)};
+  for (int32 i = 0; i < 6; ++i) params.reduced[i * 32 + lane] = results[i];
+  grid_dependency_launch();
+}
+"""
 _ORDER = Numbers(3).permutation(32)
 
 
@@ -345,6 +363,12 @@ def _lanes(given: Mapping[str, Array]) -> dict[str, Array]:
     return {"lanes": np.stack(rows).astype(np.int64).astype(np.int32), "sum": sums}
 
 
+def _reduced(given: Mapping[str, Array]) -> dict[str, Array]:
+    functions = (np.add, np.minimum, np.maximum, np.bitwise_and, np.bitwise_or, np.bitwise_xor)
+    rows = [np.full(32, function.reduce(given["values"])) for function in functions]
+    return {"reduced": np.stack(rows).astype(np.uint32)}
+
+
 _FRAGMENTS = _bytes(4, 32, 16).view(np.uint32)
 CASES = (
     Case(
@@ -381,6 +405,16 @@ CASES = (
         {"values": _ORDER},
         {"lanes": np.zeros((7, 32), np.int32), "sum": np.zeros(1, np.uint64)},
         expected=_lanes,
+    ),
+    Case(
+        "warps",
+        "reductions",
+        "redux_add redux_min redux_max redux_and redux_or redux_xor grid_dependency_wait "
+        "grid_dependency_launch",
+        REDUCTIONS,
+        {"values": _bytes(32, 4).view(np.uint32).reshape(32) | 0x01000001},
+        {"reduced": np.zeros((6, 32), np.uint32)},
+        expected=_reduced,
     ),
     Case(
         "warps",
