@@ -9,6 +9,7 @@ import sys
 import time
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -137,6 +138,26 @@ def test_cubin_is_whole_and_for_the_target() -> None:
     assert "for 'sm_90a'" in compiled.log
     assert compiled.registers > 0
     assert compiled.spills == 0
+
+
+def test_hit_in_the_compilers_own_cache_is_compiled_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NVRTC answers such a hit without a log, and so without registers and spills."""
+    real = _compile._nvrtc()
+    asked: list[tuple[str, ...]] = []
+
+    def compile_program(program: int, options: tuple[str, ...]) -> None:
+        asked.append(options)
+        real.compileProgram(program, options)
+
+    def program_log(program: int) -> str:
+        return real.getProgramLog(program) if "--no-cache" in asked[-1] else ""
+
+    caching = SimpleNamespace(**{name: getattr(real, name) for name in dir(real)})
+    caching.compileProgram, caching.getProgramLog = compile_program, program_log
+    monkeypatch.setattr(_compile, "_nvrtc", lambda: caching)
+    compiled = _compile.compile_kernel("tiny", CONFIG, "sm_90a", TINY)
+    assert ["--no-cache" in options for options in asked] == [False, True]
+    assert compiled.registers > 0
 
 
 def test_spills_are_seen() -> None:
