@@ -77,6 +77,19 @@ PAGED = Form(
     ("q", "kv_cache (k)", "kv_cache (v)", "block_tables", "seq_lens", "cu_seqlens_q"),
 )
 
+
+class _Asked(NamedTuple):
+    """All of a call that is looked at when it is of a new kind."""
+
+    form: Form
+    views: tuple[View, ...]
+    layout: str | None
+    optional: _Optional
+    given: Keywords
+    skip_key: tuple[str, bool, float, bool] | None
+    return_lse: bool
+
+
 _NONE = _Optional()
 _layout = itemgetter(slice(1, 5))  # of a View: shape, strides, dtype, device
 _prepared: dict[Any, _Prepared] = {}
@@ -141,7 +154,9 @@ def attend(
     except TypeError:  # an option of a type that has no hash: the checks say which
         prepared = None
     if prepared is None:
-        prepared = _prepare(form, views, layout, optional, given, skip_key, return_lse)
+        prepared = _prepare(
+            _Asked(form, views, layout, optional, Keywords(*given), skip_key, return_lse)
+        )
         if len(_prepared) >= _PREPARED_LIMIT:
             _prepared.clear()
         _prepared[key] = prepared
@@ -195,9 +210,8 @@ def _emulate(
     settings = _settings.current()
     keywords = Keywords(*given)
     optional, skip_key = _optional(given, None, views[0]), _skip_key(keywords.skip)
-    problem, plan, rest = _planned(
-        form, views, layout, optional, given, skip_key, return_lse, settings.device
-    )
+    asked = _Asked(form, views, layout, optional, keywords, skip_key, return_lse)
+    problem, plan, rest = _planned(asked, settings.device)
     named: dict[str, View | None] = dict(zip(form.arrays, views, strict=True))
     named |= dict(zip(_Optional._fields[:4], optional[:4], strict=True))
     _overlap.check_overlap({"out": optional.out, "lse": optional.lse}, named)
@@ -265,20 +279,10 @@ def _skip_key(skip: SkipSoftmax | None) -> tuple[str, bool, float, bool] | None:
     return "thresholds", skip.unsafe, 0.0, counted
 
 
-def _prepare(
-    form: Form,
-    views: tuple[View, ...],
-    layout: str | None,
-    optional: _Optional,
-    given: tuple[Any, ...],
-    skip_key: tuple[str, bool, float, bool] | None,
-    return_lse: bool,
-) -> _Prepared:
+def _prepare(asked: _Asked) -> _Prepared:
     """Check a call of a new kind, plan it, and load its kernel on the current device."""
-    device = _device.describe(views[0].device)
-    problem, plan, rest = _planned(
-        form, views, layout, optional, given, skip_key, return_lse, device
-    )
+    device = _device.describe(asked.views[0].device)
+    problem, plan, rest = _planned(asked, device)
     return _Prepared(
         _launch.prepare(plan, device, rest),
         problem.out_shape,
@@ -289,18 +293,9 @@ def _prepare(
     )
 
 
-def _planned(
-    form: Form,
-    views: tuple[View, ...],
-    layout: str | None,
-    optional: _Optional,
-    given: tuple[Any, ...],
-    skip_key: tuple[str, bool, float, bool] | None,
-    return_lse: bool,
-    device: Device,
-) -> tuple[Problem, Plan, bytes]:
+def _planned(asked: _Asked, device: Device) -> tuple[Problem, Plan, bytes]:
     """Check and plan a call; return the packed parameters behind its pointers, too."""
-    keywords = Keywords(*given)
+    form, views, layout, optional, keywords, skip_key, return_lse = asked
     _check.flag("return_lse", return_lse)
     options = _check.Options(
         causal=keywords.causal,

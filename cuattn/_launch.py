@@ -106,7 +106,7 @@ class Order:
         if given is not None:
             self.stream = given
         elif producers and not (current and _capturing(current)):
-            self.stream = min(producers) if len(producers) > 1 else next(iter(producers))
+            self.stream = min(producers)
         else:
             self.stream = current
         self._others = (producers | {current}) - {self.stream}

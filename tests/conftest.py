@@ -12,6 +12,7 @@ import functools
 import os
 import shutil
 import zlib
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -96,7 +97,7 @@ class Guarded:
             assert not len(wrong), f"{case}: {len(wrong)} elements {name} the result were written"
 
 
-class Executor:
+class Executor(ABC):
     """Runs calls, on what `xp` says: CuPy on the current device, or NumPy in the emulator."""
 
     xp: Any
@@ -111,17 +112,17 @@ class Executor:
         assert whole.flags.c_contiguous, "the memory of a test's array must be one piece"
         return self.at(raw, start, array)
 
+    @abstractmethod
     def at(self, raw: Any, start: int, like: Array) -> Any:
         """An array like another in given bytes."""
-        raise NotImplementedError
 
+    @abstractmethod
     def to_host(self, array: Any) -> Array:
         """A NumPy copy of an array."""
-        raise NotImplementedError
 
+    @abstractmethod
     def current(self) -> Device:
         """What plans are made for."""
-        raise NotImplementedError
 
     def guarded(self, shape: tuple[int, ...], dtype: Any) -> Guarded:
         """Room for a result that shows what was and what was not written."""

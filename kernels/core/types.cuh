@@ -24,7 +24,7 @@ struct e4m3 {
   uint8 bits;
 };
 
-// What the elements of an array are; the order is that of `_params.DTYPES`.
+// What the elements of an array are; the host names one of them in a configuration.
 enum class Dtype { bfloat16, float16, float32 };
 
 template <Dtype dtype>
