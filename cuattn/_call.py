@@ -91,6 +91,7 @@ class _Asked(NamedTuple):
 
 
 _NONE = _Optional()
+_NO_DECODE = (0, 0, 0, 0)
 _layout = itemgetter(slice(1, 5))  # of a View: shape, strides, dtype, device
 _prepared: dict[Any, _Prepared] = {}
 _PREPARED_LIMIT = 4096  # token counts vary without end in a server: then begin anew
@@ -183,6 +184,7 @@ def attend(
         out_at,
         lse_at,
         counts_at,
+        *_NO_DECODE,
     )
     current = cupy.cuda.get_current_stream().ptr
     if stream is None and not more and _simple(views, current):
@@ -227,7 +229,8 @@ def _emulate(
             results[name] = _launch.array_of(view)
         elif name == "out" or return_lse:
             results[name] = np.full(shape, np.nan, dtype)
-    _launch.launch(plan, rest, {n: v for n, v in named.items() if v is not None}, results, settings)
+    inputs = {name: view for name, view in named.items() if view is not None}
+    _launch.launch(plan.steps, _params.POINTERS, rest, inputs, results, settings)
     out = results["out"] if keywords.out is None else keywords.out
     if not return_lse:
         return out
@@ -284,7 +287,7 @@ def _prepare(asked: _Asked) -> _Prepared:
     device = _device.describe(asked.views[0].device)
     problem, plan, rest = _planned(asked, device)
     return _Prepared(
-        _launch.prepare(plan, device, rest),
+        _launch.prepare(plan.steps, device, _params.POINTER_BYTES, rest),
         problem.out_shape,
         _DTYPES[problem.out_dtype],
         problem.lse_shape,

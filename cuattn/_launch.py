@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import ctypes
+import struct
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from typing import Any
 
-from . import _compile, _params
-from ._records import Device, Plan, View
+from . import _compile
+from ._records import Device, Step, View
 
 _MAX_DYNAMIC_SHARED_MEMORY = 8  # CUfunction_attribute
 _PREFERRED_SHARED_MEMORY_CARVEOUT = 9
@@ -19,7 +20,7 @@ _ALL = 100  # percent
 _loading = threading.Lock()
 
 
-# Pointers in the order of `_params.POINTERS`, handle of a stream of the current device.
+# Pointers in the order of the parameter struct, handle of a stream of the current device.
 Launch = Callable[[tuple[int, ...], int], None]
 
 
@@ -36,35 +37,40 @@ def _function(kernel: str, config: str, arch: str, shared_memory: int, ordinal: 
     return function
 
 
-def prepare(plan: Plan, device: Device, rest: bytes) -> Launch:
-    """Load a plan's kernel on the current device, which is `device`; return what launches it.
+def prepare(steps: Sequence[Step], device: Device, pointers: struct.Struct, rest: bytes) -> Launch:
+    """Load kernels on the current device, which is `device`; return what launches them in order.
 
-    `rest` is the packed parameter struct behind its pointers.
+    All have the same parameters: `pointers`, which change from call to call, before `rest`.
     """
-    if not plan.grid[0]:
+    steps = [step for step in steps if step.grid]
+    if not steps:
         return _nothing
     with _loading:  # NVRTC and the driver would do the same work twice
-        function = _function(
-            plan.kernel, plan.config.define(), device.arch, plan.shared_memory, device.ordinal
-        )
+        functions = [
+            _function(kernel, config.define(), device.arch, shared_memory, device.ordinal)
+            for kernel, config, _, _, shared_memory in steps
+        ]
     from cupy.cuda import driver
 
     launch_kernel = driver.launchKernel
 
-    shape = (*plan.grid, plan.threads, 1, 1, plan.shared_memory)
-    pack_into = _params.pack_pointers_into
+    shapes = [(step.grid, 1, 1, step.threads, 1, 1, step.shared_memory) for step in steps]
+    (function, shape), *others = zip(functions, shapes, strict=True)
+    pack_into = pointers.pack_into
     slots: list[_Arguments] = []  # one belongs to one call at a time: pop and append are atomic
     take, give_back = slots.pop, slots.append
 
     # NOTE: the driver's call with parameters that stay in place: 2 µs less than CuPy's launch,
     # which is given them anew.
-    def launch(pointers: tuple[int, ...], stream: int) -> None:
+    def launch(places: tuple[int, ...], stream: int) -> None:
         try:
             arguments = take()
         except IndexError:
-            arguments = _Arguments(rest)
-        pack_into(arguments.memory, 0, *pointers)
+            arguments = _Arguments(pointers.size, rest)
+        pack_into(arguments.memory, 0, *places)
         launch_kernel(function.ptr, *shape, stream, arguments.address, 0)
+        for later, later_shape in others:
+            launch_kernel(later.ptr, *later_shape, stream, arguments.address, 0)
         give_back(arguments)
 
     return launch
@@ -75,15 +81,14 @@ class _Arguments:
 
     __slots__ = ("_pointer", "address", "memory")
 
-    def __init__(self, rest: bytes) -> None:
-        self.memory = bytearray(_params.SIZE)
-        self.memory[-len(rest) :] = rest
+    def __init__(self, pointer_bytes: int, rest: bytes) -> None:
+        self.memory = bytearray(pointer_bytes) + rest
         place = ctypes.addressof(ctypes.c_char.from_buffer(self.memory))
         self._pointer = ctypes.c_void_p(place)
         self.address = ctypes.addressof(self._pointer)
 
 
-def _nothing(pointers: tuple[int, ...], stream: int) -> None:
+def _nothing(places: tuple[int, ...], stream: int) -> None:
     """Launch no block."""
 
 

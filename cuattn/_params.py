@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import struct
 
-from ._records import Layout, Plan, Problem
+from ._records import Layout, Plan, Problem, SplitRule
 
 POINTERS = (
     "q",
@@ -25,6 +25,10 @@ POINTERS = (
     "out",
     "lse",
     "skip_counts",
+    "dropped_mass",
+    "partial_out",
+    "partial_rows",
+    "arrivals",
 )
 STRIDES = ("q_strides", "k_strides", "v_strides", "out_strides", "lse_strides")  # outer, row, head
 INTEGERS = (
@@ -41,16 +45,18 @@ INTEGERS = (
     "causal",
     "window_left",
 )
+SPLITS = ("target", "smallest", "largest", "most")
+MORE = ("tokens", "blocks")
 FLOATS = ("scale", "out_scale", "soft_cap", "threshold")
 FLAGS = ("threshold_per_length", "unsafe")
 
-_POINTERS = struct.Struct(f"={len(POINTERS)}Q")
+POINTER_BYTES = struct.Struct(f"={len(POINTERS)}Q")
 _REST = struct.Struct(
-    f"={3 * len(STRIDES)}q3q{len(INTEGERS)}i{len(FLOATS)}f{len(FLAGS)}i",
+    f"={3 * len(STRIDES)}q3q{len(INTEGERS) + len(SPLITS) + len(MORE)}i{len(FLOATS)}f{len(FLAGS)}i",
 )
-SIZE = _POINTERS.size + _REST.size
+SIZE = POINTER_BYTES.size + _REST.size
 
-pack_pointers_into = _POINTERS.pack_into
+_NO_SPLITS = SplitRule(0, 0, 0, 0)
 
 
 def pack_rest(
@@ -71,6 +77,7 @@ def pack_rest(
     """
     skip = problem.skip
     live = skip.thresholds if skip else None
+    splits = getattr(plan.geometry, "splits", _NO_SPLITS)
     batched = problem.form == "batched"
     return _REST.pack(
         *_outer_row_head(problem.q.strides, batched),
@@ -92,6 +99,9 @@ def pack_rest(
         problem.k.shape[0] if problem.page_size else 0,
         problem.causal,
         problem.window_left,
+        *(splits.target, splits.smallest, splits.largest, splits.most),
+        problem.tokens,
+        plan.grid[0],
         scale,
         out_scale,
         problem.soft_cap,

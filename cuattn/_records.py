@@ -58,7 +58,7 @@ class SkipMode:
 class Problem:
     """One attention call, checked: shapes and options, no pointers."""
 
-    form: str  # "batched" | "ragged" | "paged"
+    form: str  # "batched" | "ragged" | "paged" | "decode"
     q: Layout
     k: Layout  # paged: [pages, heads, page_size, dim], whatever the caller's layout
     v: Layout
@@ -77,6 +77,7 @@ class Problem:
     out_dtype: str
     out_shape: tuple[int, ...]
     lse_shape: tuple[int, ...]
+    tokens: int = 0  # of q in all; decode only
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,8 +103,48 @@ class Geometry:
 
 
 @dataclass(frozen=True, slots=True)
+class SplitRule:
+    """Into how many parts the keys of a request are cut.  Twin of the struct in params.cuh.
+
+    `target` parts, but of at least `smallest` keys each; more where a part would have more than
+    `largest`; never more than `most`.
+    """
+
+    target: int
+    smallest: int
+    largest: int
+    most: int
+
+    def splits(self, keys: int) -> int:
+        """Return the number of parts of a request that sees `keys` keys."""
+        by_target = min(self.target, -(-keys // self.smallest))
+        return max(1, min(max(by_target, -(-keys // self.largest)), self.most))
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeGeometry:
+    """The same for decode, where warps own tiles and splits share seeds."""
+
+    rows_per_vote: int
+    block_kv: int
+    warps: int
+    splits: SplitRule
+    order: str = "round-robin to splits and warps, each from the last tile down"
+
+
+class Step(NamedTuple):
+    """One kernel of a plan, compiled how, over which grid."""
+
+    kernel: str
+    config: Any  # the kernel's configuration record, see `_config`
+    grid: int
+    threads: int
+    shared_memory: int  # bytes
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
-    """A launch, decided: which kernel, compiled how, over which grid, and why."""
+    """A call, decided: which kernel, compiled how, over which grid, and why."""
 
     kernel: str
     config: Any  # the kernel's configuration record, see `_config`
@@ -111,5 +152,13 @@ class Plan:
     grid: tuple[int, int, int]
     threads: int
     shared_memory: int  # bytes
-    geometry: Geometry
+    geometry: Any  # Geometry, DecodeGeometry
     reason: str
+    after: Step | None = None  # a second kernel, which has the same parameters
+    partials: tuple[int, int, int] = (0, 0, 0)  # bytes of partial_out, partial_rows, arrivals
+
+    @property
+    def steps(self) -> tuple[Step, ...]:
+        """Its kernels in order."""
+        first = Step(self.kernel, self.config, self.grid[0], self.threads, self.shared_memory)
+        return (first,) if self.after is None else (first, self.after)

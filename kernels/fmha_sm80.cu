@@ -61,7 +61,7 @@ struct WarpState {
   float scale;          // from scores to log2 units
 };
 
-DEVICE WarpState begin(const FmhaParams& params, const Work& work) {
+DEVICE WarpState begin(const AttentionParams& params, const Work& work) {
   const float given = params.scale_array ? *params.scale_array : params.scale;
   const float scale = (config.soft_cap ? params.soft_cap : given) * log2_e;
   const float lambda = skip_lambda(params, work.request, work.head, work.kv_len);
@@ -100,7 +100,7 @@ DEVICE void compute_tile(WarpState& state, const Shared& shared, const Visibilit
 }
 
 // Write this warp's rows, and its counts.
-DEVICE void finish(const FmhaParams& params, const WarpState& state) {
+DEVICE void finish(const AttentionParams& params, const WarpState& state) {
   // NOTE: looked up again: to keep it through the loop of tiles would cost registers there.
   const Work work = find_work<config.block_q>(params, recomputed(block_index()));
   const int32 outer = params.cu_seqlens_q ? 0 : work.request;
@@ -131,7 +131,7 @@ DEVICE void finish(const FmhaParams& params, const WarpState& state) {
 }
 
 KERNEL void __launch_bounds__(config.threads())
-    fmha_sm80(const __grid_constant__ FmhaParams params) {
+    fmha_sm80(const __grid_constant__ AttentionParams params) {
   const Work work = find_work<config.block_q>(params, block_index());
   if (!work.exists || work.first_row < 0) return;
   const Shared shared;

@@ -24,10 +24,18 @@ from cases import (
 
 from cuattn import _compile, _heuristics, _params, _sources
 from cuattn._config import FmhaConfig
-from cuattn._records import Device, Geometry, Layout, Plan, Problem, SkipMode
+from cuattn._records import (
+    DecodeGeometry,
+    Device,
+    Layout,
+    Plan,
+    Problem,
+    SkipMode,
+    SplitRule,
+)
 
 H200 = Device(0, "NVIDIA H200", (9, 0), "sm_90a", 132, 232448)
-OFFSET = "__INTADDR__(&((FmhaParams*)0)->{})"  # NVRTC has no offsetof
+OFFSET = "__INTADDR__(&((AttentionParams*)0)->{})"  # NVRTC has no offsetof
 CONFIGURATIONS = 60  # compiled once each; about a second apiece
 
 
@@ -40,6 +48,8 @@ def offsets() -> dict[str, tuple[int, str]]:
         ("block_table_stride", "q"),
         ("threshold_strides", "2q"),
         *((name, "i") for name in _params.INTEGERS),
+        *((f"splits.{name}", "i") for name in _params.SPLITS),
+        *((name, "i") for name in _params.MORE),
         *((name, "f") for name in _params.FLOATS),
         *((name, "i") for name in _params.FLAGS),
     ]
@@ -61,7 +71,8 @@ def compile_asserts(lines: list[str], config: str = "", head: str = "") -> None:
 def test_parameters_lie_where_the_kernel_looks() -> None:
     lines = [f"{OFFSET.format(name)} == {at}" for name, (at, _) in offsets().items()]
     compile_asserts(
-        [*lines, f"sizeof(FmhaParams) == {_params.SIZE}"], head="#include <attention/params.cuh>"
+        [*lines, f"sizeof(AttentionParams) == {_params.SIZE}"],
+        head="#include <attention/params.cuh>",
     )
 
 
@@ -92,8 +103,10 @@ def test_every_number_is_packed_in_its_place() -> None:
         out_dtype="float16",
         out_shape=(7, 24, 80),
         lse_shape=(7, 24),
+        tokens=91,
     )
-    plan = Plan("fmha_sm80", FmhaConfig(), 19, (1, 1, 1), 32, 0, Geometry(128, 64, 32), "")
+    geometry = DecodeGeometry(16, 32, 4, SplitRule(201, 202, 203, 204))
+    plan = Plan("fmha_sm80", FmhaConfig(), 19, (17, 1, 1), 32, 0, geometry, "")
     packed = bytes(8 * len(_params.POINTERS)) + _params.pack_rest(
         problem,
         plan,
@@ -129,6 +142,12 @@ def test_every_number_is_packed_in_its_place() -> None:
         "pages": (11,),
         "causal": (1,),
         "window_left": (77,),
+        "splits.target": (201,),
+        "splits.smallest": (202,),
+        "splits.largest": (203,),
+        "splits.most": (204,),
+        "tokens": (91,),
+        "blocks": (17,),
         "scale": (0.5,),
         "out_scale": (0.25,),
         "soft_cap": (2.5,),

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping
+import struct
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from .. import _params
-from .._records import Plan, View
+from .._records import Step, View
 from ._memory import Memory
 from ._run import run
 from ._settings import Settings
@@ -30,17 +30,21 @@ _PARAMETERS = {
 
 
 def launch(
-    plan: Plan,
+    steps: Sequence[Step],
+    pointers: Sequence[str],
     rest: bytes,
     inputs: Mapping[str, View],
     results: Mapping[str, Array],
     settings: Settings,
 ) -> None:
-    """Run a plan's kernel.
+    """Run kernels one after the other, all with the same parameters.
 
     Parameters
     ----------
-    plan : Plan
+    steps : sequence of Step
+    pointers : sequence of str
+        Names of the pointers with which the parameters begin; those not among inputs and results
+        are null.
     rest : bytes
         The packed parameters behind the pointers.
     inputs : mapping
@@ -49,7 +53,8 @@ def launch(
         Arrays that the kernel writes to, by the kernel's names; they start as they are.
     settings : Settings
     """
-    if not plan.grid[0]:
+    steps = [step for step in steps if step.grid]
+    if not steps:
         return
     with Memory() as memory:
         places = {}
@@ -58,24 +63,24 @@ def launch(
             places[parameter] = memory.add(parameter, array_of(view))
         for name, array in results.items():
             places[name] = memory.add(name, array, writable=True)
-        packed = bytearray(_params.SIZE - len(rest)) + rest
-        _params.pack_pointers_into(packed, 0, *(places.get(n, 0) for n in _params.POINTERS))
-        counts = run(
-            plan.kernel,
-            plan.config.define(),
-            plan.grid[0],
-            plan.threads,
-            bytes(packed),
-            shared_bytes=plan.shared_memory,
-            schedule=settings.schedule,
-            mode=settings.mode,
-            race=settings.race,
-            sources=settings.sources,
-        )
+        packed = struct.pack(f"={len(pointers)}Q", *(places.get(n, 0) for n in pointers)) + rest
+        for kernel, config, grid, threads, shared_memory in steps:
+            counts = run(
+                kernel,
+                config.define(),
+                grid,
+                threads,
+                packed,
+                shared_bytes=shared_memory,
+                schedule=settings.schedule,
+                mode=settings.mode,
+                race=settings.race,
+                sources=settings.sources,
+            )
+            if settings.launches is not None:
+                settings.launches.append(counts)
         for name, array in results.items():
             array[...] = memory[name]
-    if settings.launches is not None:
-        settings.launches.append(counts)
 
 
 def array_of(view: View) -> Array:

@@ -35,7 +35,7 @@ struct Source;
 
 template <>
 struct Source<false> {
-  static DEVICE StridedRows of(const void* array, const Strides& strides, const FmhaParams&,
+  static DEVICE StridedRows of(const void* array, const Strides& strides, const AttentionParams&,
                                Place place) {
     const int64 start =
         place.outer * strides.outer + place.first_row * strides.row + place.head * strides.head;
@@ -45,8 +45,8 @@ struct Source<false> {
 
 template <>
 struct Source<true> {
-  static DEVICE PagedRows of(const void* array, const Strides& strides, const FmhaParams& params,
-                             Place place) {
+  static DEVICE PagedRows of(const void* array, const Strides& strides,
+                             const AttentionParams& params, Place place) {
     return {.first = static_cast<const char*>(array) + place.head * strides.head * 2,
             .page_stride = strides.outer * 2,
             .slot_stride = strides.row * 2,

@@ -8,7 +8,16 @@ struct Strides {
   int64 outer, row, head;
 };
 
-struct FmhaParams {
+// Into how many parts the keys of a request are cut (twin: SplitRule in _records.py).
+struct SplitRule {
+  int32 target;    // as many as this,
+  int32 smallest;  // of at least so many keys,
+  int32 largest;   // and of at most so many,
+  int32 most;      // but never more parts than this
+};
+
+// Of every attention kernel; what one has no use for is null or 0.
+struct AttentionParams {
   const void* q;               // [batch, q_len, q_heads, head_dim_qk] or [tokens, …]
   const void* k;               // [batch, kv_len, kv_heads, head_dim_qk], [tokens, …] or pages
   const void* v;               // the same with head_dim_v
@@ -23,6 +32,10 @@ struct FmhaParams {
   void* out;                // as q, with head_dim_v
   float* lse;               // [batch, q_len, q_heads] or [tokens, q_heads]; may be null
   uint64* skip_counts;      // [visited, skipped, ineligible][batch][q_heads]; may be null
+  float* dropped_mass;      // as lse; may be null
+  float* partial_out;       // [split][token][q_heads][head_dim_v], decode only
+  void* partial_rows;       // PartialRow [split][token][q_heads], decode only
+  uint32* arrivals;         // [blocks of rows][kv_heads], zero between calls; null: no combining
   Strides q_strides, k_strides, v_strides, out_strides, lse_strides;
   int64 block_table_stride;     // from request to request
   int64 threshold_strides[2];   // request, head
@@ -32,10 +45,12 @@ struct FmhaParams {
   int32 head_dim_qk, head_dim_v;
   int32 page_shift, pages;    // page_size = 1 << page_shift
   int32 causal, window_left;  // window_left < 0: no window
+  SplitRule splits;           // decode only
+  int32 tokens, blocks;       // of q in all; of the grid; decode only
   float scale, out_scale, soft_cap;
-  float threshold;             // λ, or λ · kv_len
+  float threshold;             // λ, or λ · kv_len, or the largest mass that a row may lose
   int32 threshold_per_length;  // λ = threshold / kv_len
   int32 unsafe;                // λ ≥ 1 is meant
 };
 
-static_assert(sizeof(Strides) == 24 && sizeof(FmhaParams) == 328);
+static_assert(sizeof(Strides) == 24 && sizeof(AttentionParams) == 384);

@@ -24,7 +24,7 @@ DEVICE Range tokens_of(const int32* cu_seqlens, int32 request, int32 tokens) {
 // Find the request that owns block `slot` when each has ceil(q_len / block_q) of them: the 32 lanes
 // look at 32 requests at a time.  `slot` becomes the block inside the request.
 template <int32 block_q>
-DEVICE bool find_request(const FmhaParams& params, int32& request, int32& slot) {
+DEVICE bool find_request(const AttentionParams& params, int32& request, int32& slot) {
   for (int32 first = 0; first < params.batch; first += warp_size) {
     const int32 candidate = first + lane_index();
     int32 blocks = 0;
@@ -50,7 +50,7 @@ DEVICE bool find_request(const FmhaParams& params, int32& request, int32& slot) 
 }
 
 template <int32 block_q>
-DEVICE Work find_work(const FmhaParams& params, uint32 block) {
+DEVICE Work find_work(const AttentionParams& params, uint32 block) {
   const int32 rest = block / params.q_blocks;
   int32 slot = block % params.q_blocks;
   Work work{};

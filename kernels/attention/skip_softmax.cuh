@@ -13,7 +13,7 @@
 
 // λ of one request and head; negative where the request runs without skipping, because its λ is
 // not below 1 (and that is not meant) or not a number.
-DEVICE float skip_lambda(const FmhaParams& params, int32 request, int32 head, int32 kv_len) {
+DEVICE float skip_lambda(const AttentionParams& params, int32 request, int32 head, int32 kv_len) {
   float lambda = params.threshold;
   if (params.thresholds) {
     lambda =
@@ -51,7 +51,7 @@ struct SkipRule {
 };
 
 // Add one warp's counts to those of its request and head: whole numbers, so order is no matter.
-DEVICE void report_skips(const FmhaParams& params, int32 request, int32 head, uint32 visited,
+DEVICE void report_skips(const AttentionParams& params, int32 request, int32 head, uint32 visited,
                          uint32 skipped, bool ineligible) {
   if (!params.skip_counts || lane_index() != 0) return;
   uint64* counts = params.skip_counts + request * params.q_heads + head;
