@@ -6,6 +6,7 @@ this package imports neither CuPy nor any framework.  `cuattn.emulator` runs the
 
 from typing import Any
 
+from .decode import decode
 from .prefill import prefill, prefill_paged, prefill_ragged
 from .skip_softmax import SkipSoftmax, SkipStats
 
@@ -15,6 +16,7 @@ __all__ = [
     "SkipSoftmax",
     "SkipStats",
     "__version__",
+    "decode",
     "prefill",
     "prefill_paged",
     "prefill_ragged",

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from ml_dtypes import bfloat16
 
-from . import _check, _device, _heuristics, _ingest, _launch, _overlap, _params
+from . import _check, _device, _heuristics, _ingest, _launch, _overlap, _params, _workspace
 from ._records import Device, Plan, Problem, SkipMode, View
 from .skip_softmax import SkipSoftmax
 
@@ -27,10 +27,12 @@ _DTYPES = {
 
 @dataclass(frozen=True, slots=True, eq=False)  # hashed by identity, which is quick
 class Form:
-    """One of the three ways in which arrays hold requests."""
+    """One of the ways in which arrays hold requests; without the last array, one less."""
 
     check: Callable[..., Problem]
+    plan: Callable[[Problem, Device], Plan]
     arrays: tuple[str, ...]  # names, in the order of the views
+    decodes: bool = False
 
 
 class Keywords(NamedTuple):
@@ -46,6 +48,7 @@ class Keywords(NamedTuple):
     out: Any
     lse: Any
     out_dtype: Any
+    batch_invariant: Any
 
 
 class _Optional(NamedTuple):
@@ -68,14 +71,20 @@ class _Prepared(NamedTuple):
     lse_shape: tuple[int, ...]
     batch: int
     q_heads: int
+    partials: tuple[int, int, int] | None  # bytes
 
 
-BATCHED = Form(_check.batched, ("q", "k", "v"))
-RAGGED = Form(_check.ragged, (*BATCHED.arrays, "cu_seqlens_q", "cu_seqlens_kv"))
-PAGED = Form(
-    _check.paged,
-    ("q", "kv_cache (k)", "kv_cache (v)", "block_tables", "seq_lens", "cu_seqlens_q"),
+_PAGES = ("q", "kv_cache (k)", "kv_cache (v)", "block_tables", "seq_lens", "cu_seqlens_q")
+
+BATCHED = Form(_check.batched, _heuristics.prefill, ("q", "k", "v"))
+RAGGED = Form(
+    _check.ragged, _heuristics.prefill, (*BATCHED.arrays, "cu_seqlens_q", "cu_seqlens_kv")
 )
+PAGED = Form(_check.paged, _heuristics.prefill, _PAGES)
+DECODE = Form(_check.decode, _heuristics.decode, _PAGES, decodes=True)
+
+
+_SkipKey = tuple[str, bool, float, bool, bool]  # source, unsafe, number, counted, certificate
 
 
 class _Asked(NamedTuple):
@@ -86,12 +95,12 @@ class _Asked(NamedTuple):
     layout: str | None
     optional: _Optional
     given: Keywords
-    skip_key: tuple[str, bool, float, bool] | None
+    skip_key: _SkipKey | None
     return_lse: bool
 
 
 _NONE = _Optional()
-_NO_DECODE = (0, 0, 0, 0)
+_NO_PARTIALS = (0, 0, 0)
 _layout = itemgetter(slice(1, 5))  # of a View: shape, strides, dtype, device
 _prepared: dict[Any, _Prepared] = {}
 _PREPARED_LIMIT = 4096  # token counts vary without end in a server: then begin anew
@@ -120,12 +129,24 @@ def attend(
         with cupy.cuda.Device(q.device):
             return attend(form, views, pointers, given, return_lse, stream, layout)
 
-    causal, window_left, scale, out_scale, soft_cap, sinks, skip, out, lse, out_dtype = given
+    (
+        causal,
+        window_left,
+        scale,
+        out_scale,
+        soft_cap,
+        sinks,
+        skip,
+        out,
+        lse,
+        out_dtype,
+        batch_invariant,
+    ) = given
     optional, skip_key = _NONE, None
     more: tuple[Any, ...] = ()
-    sinks_at = scale_at = out_scale_at = thresholds_at = out_at = lse_at = counts_at = 0
+    sinks_at = scale_at = out_scale_at = thresholds_at = out_at = lse_at = counts_at = lost_at = 0
     if not (scale is out_scale is sinks is skip is out is lse is None):
-        optional = _optional(given, stream, q)
+        optional = _optional(form, given, stream, q)
         skip_key = _skip_key(skip)
         if optional is not _NONE:
             more = tuple([view and _layout(view) for view in optional])
@@ -148,6 +169,8 @@ def attend(
         soft_cap,
         out_dtype,
         return_lse,
+        batch_invariant,
+        batch_invariant.__class__,
         *map(_layout, views),
     )
     try:
@@ -161,10 +184,10 @@ def attend(
         if len(_prepared) >= _PREPARED_LIMIT:
             _prepared.clear()
         _prepared[key] = prepared
-    launch, out_shape, dtype, lse_shape, batch, q_heads = prepared
+    launch, out_shape, dtype, lse_shape, batch, q_heads, partials = prepared
 
     if out_at or lse_at:
-        named: dict[str, View | None] = dict(zip(form.arrays, views, strict=True))
+        named: dict[str, View | None] = dict(zip(form.arrays, views, strict=False))
         named |= dict(zip(_Optional._fields[:4], optional[:4], strict=True))
         _overlap.check_overlap({"out": optional.out, "lse": optional.lse}, named)
     if skip_key and skip_key[3]:
@@ -175,6 +198,10 @@ def attend(
     if lse is None and return_lse:
         lse = cupy.ndarray(lse_shape, np.float32)
         lse_at = lse.data.ptr
+    lost = None
+    if skip_key and skip_key[4]:
+        lost = cupy.ndarray(lse_shape, np.float32)
+        lost_at = lost.data.ptr
     places = (
         *pointers,
         sinks_at,
@@ -184,19 +211,30 @@ def attend(
         out_at,
         lse_at,
         counts_at,
-        *_NO_DECODE,
+        lost_at,
     )
     current = cupy.cuda.get_current_stream().ptr
     if stream is None and not more and _simple(views, current):
-        launch(places, current)
+        launch((*places, *_room(partials, q.device, current)), current)
     else:
         every = [*views, *[view for view in optional if view]]
         order = _launch.Order(stream, current, every)
         order.before()
-        launch(places, order.stream)
+        launch((*places, *_room(partials, q.device, order.stream)), order.stream)
         order.after()
         _launch.hold(every, order.stream)
-    return (out, lse) if return_lse else out
+    return _results(out, lse if return_lse else None, lost)
+
+
+def _room(partials: tuple[int, int, int] | None, device: int, stream: int) -> tuple[int, int, int]:
+    return _NO_PARTIALS if partials is None else _workspace.partials(partials, device, stream)
+
+
+def _results(out: Any, lse: Any, lost: Any) -> Any:
+    """Return the output, or a tuple of it and what else was asked for."""
+    if lse is None and lost is None:
+        return out
+    return tuple(x for x in (out, lse, lost) if x is not None)
 
 
 def _emulate(
@@ -211,13 +249,13 @@ def _emulate(
 
     settings = _settings.current()
     keywords = Keywords(*given)
-    optional, skip_key = _optional(given, None, views[0]), _skip_key(keywords.skip)
+    optional, skip_key = _optional(form, given, None, views[0]), _skip_key(keywords.skip)
     asked = _Asked(form, views, layout, optional, keywords, skip_key, return_lse)
     problem, plan, rest = _planned(asked, settings.device)
-    named: dict[str, View | None] = dict(zip(form.arrays, views, strict=True))
+    named: dict[str, View | None] = dict(zip(form.arrays, views, strict=False))
     named |= dict(zip(_Optional._fields[:4], optional[:4], strict=True))
     _overlap.check_overlap({"out": optional.out, "lse": optional.lse}, named)
-    results = {}
+    results: dict[str, Any] = {}
     if keywords.skip is not None and keywords.skip.stats is not None:
         counts = keywords.skip.stats.counts(problem.batch, problem.q_heads, views[0].device)
         results["skip_counts"] = counts
@@ -229,12 +267,18 @@ def _emulate(
             results[name] = _launch.array_of(view)
         elif name == "out" or return_lse:
             results[name] = np.full(shape, np.nan, dtype)
+    if keywords.skip is not None and keywords.skip.certificate:
+        results["dropped_mass"] = np.full(problem.lse_shape, np.nan, np.float32)
+    for name, size, fill in zip(_params.POINTERS[-3:], plan.partials, (0x5A, 0x5A, 0), strict=True):
+        if size:
+            results[name] = np.full(size, fill, np.uint8)
     inputs = {name: view for name, view in named.items() if view is not None}
     _launch.launch(plan.steps, _params.POINTERS, rest, inputs, results, settings)
     out = results["out"] if keywords.out is None else keywords.out
-    if not return_lse:
-        return out
-    return out, results["lse"] if keywords.lse is None else keywords.lse
+    lse = None
+    if return_lse:
+        lse = results["lse"] if keywords.lse is None else keywords.lse
+    return _results(out, lse, results.get("dropped_mass"))
 
 
 def _simple(views: tuple[View, ...], current: int) -> bool:
@@ -246,14 +290,15 @@ def _simple(views: tuple[View, ...], current: int) -> bool:
     return True
 
 
-def _optional(given: tuple[Any, ...], stream: int | None, q: View) -> _Optional:
+def _optional(form: Form, given: tuple[Any, ...], stream: int | None, q: View) -> _Optional:
     """Return the views of the arrays among the keyword arguments."""
-    _, _, scale, out_scale, _, sinks, skip, out, lse, _ = given
+    _, _, scale, out_scale, _, sinks, skip, out, lse, _, _ = given
     threshold = None
     if skip is not None:
         if not isinstance(skip, SkipSoftmax):
             raise TypeError(f"skip_softmax is a {type(skip).__name__}; wanted a SkipSoftmax")
-        _check.refuse_decode_only(skip.max_dropped_mass, skip.certificate)
+        if not form.decodes:
+            _check.refuse_decode_only(skip.max_dropped_mass, skip.certificate)
         threshold = _ingest.number(skip.threshold, "skip_softmax.threshold", stream, q)
     scale = _ingest.number(scale, "scale", stream, q)
     out_scale = _ingest.number(out_scale, "out_scale", stream, q)
@@ -268,18 +313,21 @@ def _optional(given: tuple[Any, ...], stream: int | None, q: View) -> _Optional:
     return optional if any(optional) else _NONE
 
 
-def _skip_key(skip: SkipSoftmax | None) -> tuple[str, bool, float, bool] | None:
-    """Return (source, unsafe, λ or λ·kv_len, counted) of a skip option; None: the dense kernel."""
+def _skip_key(skip: SkipSoftmax | None) -> _SkipKey | None:
+    """Return what of a skip option decides the launch; None: the dense kernel."""
     if skip is None:
         return None
-    counted = skip.stats is not None
-    if skip.threshold_scale_factor is not None:
-        if skip.threshold_scale_factor == 0 and not counted:
+    counted, certificate = skip.stats is not None, skip.certificate
+    factor, bound = skip.threshold_scale_factor, skip.max_dropped_mass
+    if factor is not None:
+        if factor == 0 and not counted and not certificate:
             return None
-        return "scale_factor", skip.unsafe, float(skip.threshold_scale_factor), counted
+        return "scale_factor", skip.unsafe, float(factor), counted, certificate
+    if bound is not None:
+        return "dropped_mass", skip.unsafe, float(bound), counted, certificate
     if isinstance(skip.threshold, (int, float, np.number)):
-        return "threshold", skip.unsafe, float(skip.threshold), counted
-    return "thresholds", skip.unsafe, 0.0, counted
+        return "threshold", skip.unsafe, float(skip.threshold), counted, certificate
+    return "thresholds", skip.unsafe, 0.0, counted, certificate
 
 
 def _prepare(asked: _Asked) -> _Prepared:
@@ -293,6 +341,7 @@ def _prepare(asked: _Asked) -> _Prepared:
         problem.lse_shape,
         problem.batch,
         problem.q_heads,
+        plan.partials if any(plan.partials) else None,
     )
 
 
@@ -307,14 +356,18 @@ def _planned(asked: _Asked, device: Device) -> tuple[Problem, Plan, bytes]:
         out_scale=optional.out_scale or keywords.out_scale,
         soft_cap=keywords.soft_cap,
         sinks=optional.sinks,
-        skip=None if skip_key is None else SkipMode(skip_key[0], skip_key[1], stats=skip_key[3]),
+        skip=None
+        if skip_key is None
+        else SkipMode(skip_key[0], skip_key[1], stats=skip_key[3], certificate=skip_key[4]),
         thresholds=optional.thresholds,
         out=optional.out,
         lse=optional.lse,
         out_dtype=keywords.out_dtype,
+        batch_invariant=keywords.batch_invariant,
     )
-    problem = form.check(*views, *(() if layout is None else (layout,)), options)
-    plan = _heuristics.prefill(problem, device)
+    missing = (None,) * (len(form.arrays) - len(views))
+    problem = form.check(*views, *missing, *(() if layout is None else (layout,)), options)
+    plan = form.plan(problem, device)
     out, lse = optional.out, optional.lse
     scale = problem.head_dim_qk**-0.5 if keywords.scale is None else keywords.scale
     out_scale = 1.0 if keywords.out_scale is None else keywords.out_scale
@@ -323,7 +376,7 @@ def _planned(asked: _Asked, device: Device) -> tuple[Problem, Plan, bytes]:
         plan,
         out=_packed(problem.out_shape) if out is None else out.strides,
         lse=_packed(problem.lse_shape) if lse is None else lse.strides,
-        tables=views[form.arrays.index("block_tables")].strides[0] if form is PAGED else 0,
+        tables=0 if layout is None else views[form.arrays.index("block_tables")].strides[0],
         scale=float(scale) if optional.scale is None else 0.0,
         out_scale=float(out_scale) if optional.out_scale is None else 0.0,
         threshold=skip_key[2] if skip_key else 0.0,

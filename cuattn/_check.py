@@ -16,14 +16,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ._overlap import ITEMSIZE, distinct
+from . import _check_arrays
+from ._check_arrays import OUTPUT_DTYPES
+from ._overlap import ITEMSIZE
 from ._records import Layout, Problem, SkipMode, View
 
-INPUT_DTYPES = ("bfloat16", "float16")
-OUTPUT_DTYPES = ("bfloat16", "float16", "float32")
 LAYOUTS = ("HND", "NHD")
 MAX_HEAD_DIM = 256
-ALIGNMENT = 16  # bytes; one vector load
 INT32_LIMIT = 2**31  # the kernels' counts, and the blocks of a grid along x
 SMALLEST_BLOCK_Q = 16  # no kernel gives a block fewer query rows
 
@@ -45,6 +44,7 @@ class Options(NamedTuple):
     out: View | None = None
     lse: View | None = None
     out_dtype: Any = None
+    batch_invariant: Any = None
 
 
 # --- the three forms -----------------------------------------------------------------------------
@@ -52,11 +52,11 @@ class Options(NamedTuple):
 
 def batched(q: View, k: View, v: View, options: Options) -> Problem:
     """Check q ``[batch, seq, heads, d]`` against k and v of the same form."""
-    _inputs(q, k, v, rank=4, wanted="[batch, seq, heads, head_dim]")
+    _check_arrays.inputs(q, k, v, rank=4, wanted="[batch, seq, heads, head_dim]")
     for name, view in (("k", k), ("v", v)):
         if view.shape[0] != q.shape[0]:
             raise ValueError(f"{name} has batch {view.shape[0]}; wanted q's {q.shape[0]}")
-    _same("tokens", k, v, 1)
+    _check_arrays.same("tokens", k, v, 1)
     return _problem("batched", q, k, v, options, _Sizes(q.shape[0], q.shape[1], k.shape[1]))
 
 
@@ -64,10 +64,10 @@ def ragged(
     q: View, k: View, v: View, cu_seqlens_q: View, cu_seqlens_kv: View, options: Options
 ) -> Problem:
     """Check q ``[tokens, heads, d]`` against k and v of the same form and two prefix sums."""
-    _inputs(q, k, v, rank=3, wanted="[tokens, heads, head_dim]")
-    _same("tokens", k, v, 0)
-    batch = _prefix_sums("cu_seqlens_q", cu_seqlens_q, q)
-    batch_kv = _prefix_sums("cu_seqlens_kv", cu_seqlens_kv, q)
+    _check_arrays.inputs(q, k, v, rank=3, wanted="[tokens, heads, head_dim]")
+    _check_arrays.same("tokens", k, v, 0)
+    batch = _check_arrays.prefix_sums("cu_seqlens_q", cu_seqlens_q, q)
+    batch_kv = _check_arrays.prefix_sums("cu_seqlens_kv", cu_seqlens_kv, q)
     if batch != batch_kv:
         raise ValueError(
             f"cu_seqlens_kv has {batch_kv + 1} elements; wanted cu_seqlens_q's {batch + 1}"
@@ -87,26 +87,53 @@ def paged(
 ) -> Problem:
     """Check q ``[tokens, heads, d]`` against two 4-D caches in the caller's layout and a table."""
     k, v = page_views(k_cache, v_cache, layout)
-    _inputs(q, k, v, rank=3, wanted="[tokens, heads, head_dim]", cache=True)
-    _same("pages", k, v, 0, cache=True)
-    _same("tokens a page", k, v, 2, cache=True)
-    page_size = k.shape[2]
-    if page_size < 8 or page_size & (page_size - 1):
-        raise ValueError(
-            f"kv_cache has page size {page_size} ({layout}); wanted a power of two ≥ 8"
-        )
-    _index_array("block_tables", block_tables, q, rank=2, wanted="[batch, max_pages]")
-    _strides("block_tables", block_tables, aligned=False)
-    batch, max_pages = block_tables.shape
-    _lengths(seq_lens, q, batch)
-    batch_q = _prefix_sums("cu_seqlens_q", cu_seqlens_q, q)
-    if batch_q != batch:
-        raise ValueError(
-            f"cu_seqlens_q has {batch_q + 1} elements; wanted {batch + 1}, one more than "
-            "block_tables has rows"
-        )
+    _check_arrays.inputs(q, k, v, rank=3, wanted="[tokens, heads, head_dim]", cache=True)
+    page_size = _page_size(k, v, layout)
+    batch, max_pages = _tables(block_tables, seq_lens, q)
+    _one_more("cu_seqlens_q", cu_seqlens_q, q, batch)
     sizes = _Sizes(batch, q.shape[0], max_pages * page_size, page_size)
     return _problem("paged", q, k, v, options, sizes)
+
+
+def decode(
+    q: View,
+    k_cache: View,
+    v_cache: View,
+    block_tables: View,
+    seq_lens: View,
+    cu_seqlens_q: View | None,
+    layout: str,
+    options: Options,
+) -> Problem:
+    """Check q of few tokens a request against two 4-D caches in the caller's layout and a table."""
+    k, v = page_views(k_cache, v_cache, layout)
+    if cu_seqlens_q is None and len(q.shape) not in (3, 4):
+        raise ValueError(
+            f"q has shape {q.shape}; wanted [batch, heads, head_dim] or [batch, q_len, heads, "
+            "head_dim]"
+        )
+    rank = len(q.shape) if cu_seqlens_q is None else 3
+    wanted = "[batch, heads, head_dim]" if cu_seqlens_q is None else "[tokens, heads, head_dim]"
+    _check_arrays.inputs(q, k, v, rank=rank, wanted=wanted, cache=True)
+    page_size = _page_size(k, v, layout)
+    batch, max_pages = _tables(block_tables, seq_lens, q)
+    if cu_seqlens_q is not None:
+        _one_more("cu_seqlens_q", cu_seqlens_q, q, batch)
+        q_len = tokens = q.shape[0]
+    elif q.shape[0] != batch:
+        raise ValueError(f"q has batch {q.shape[0]}; wanted {batch}, as block_tables has rows")
+    else:
+        q_len = 1 if rank == 3 else q.shape[1]
+        tokens = batch * q_len
+    if options.batch_invariant is not None:
+        flag("batch_invariant", options.batch_invariant)
+    form = "decode" if cu_seqlens_q is None else "decode_ragged"
+    sizes = _Sizes(batch, q_len, max_pages * page_size, page_size)
+    return replace(
+        _problem(form, q, k, v, options, sizes),
+        tokens=tokens,
+        batch_invariant=bool(options.batch_invariant),
+    )
 
 
 class _Sizes(NamedTuple):
@@ -124,8 +151,8 @@ def _problem(form: str, q: View, k: View, v: View, options: Options, sizes: _Siz
     batch, q_len, kv_len, page_size = sizes
     head_axis = 1 if page_size else -2
     kv_heads, head_dim_v = k.shape[head_axis], v.shape[-1]
-    k_name, v_name = _cache_names(bool(page_size))
-    _same("heads", k, v, head_axis, cache=bool(page_size))
+    k_name, v_name = _check_arrays.cache_names(bool(page_size))
+    _check_arrays.same("heads", k, v, head_axis, cache=bool(page_size))
     if q_heads == 0 or kv_heads == 0 or q_heads % kv_heads:
         raise ValueError(
             f"{k_name} has {kv_heads} heads, which does not divide q's {q_heads}; wanted q's heads "
@@ -143,7 +170,7 @@ def _problem(form: str, q: View, k: View, v: View, options: Options, sizes: _Siz
         if size >= INT32_LIMIT:
             raise ValueError(f"the call has {size} {what}; wanted fewer than 2^31")
     tiles = q_len // SMALLEST_BLOCK_Q + 1
-    blocks = q_heads * (batch * tiles if form == "batched" else batch + tiles)
+    blocks = q_heads * (batch * tiles if form in ("batched", "decode") else batch + tiles)
     if blocks >= INT32_LIMIT:
         raise ValueError(
             f"q needs {blocks} blocks of {SMALLEST_BLOCK_Q} query rows; wanted fewer than 2^31, "
@@ -151,9 +178,9 @@ def _problem(form: str, q: View, k: View, v: View, options: Options, sizes: _Siz
         )
     out_dtype = dtype_name(options.out_dtype) or q.dtype
     out_shape = (*q.shape[:-1], head_dim_v)
-    _outputs(options, q, out_dtype, out_shape)
+    _check_arrays.outputs(options.out, options.lse, options.out_dtype, q, out_dtype, out_shape)
     if options.sinks is not None:
-        _float_array("sinks", options.sinks, q, (q_heads,), "[q heads]")
+        _check_arrays.float_array("sinks", options.sinks, q, (q_heads,), "[q heads]")
     _number("scale", options.scale, q, positive=True)
     _number("out_scale", options.out_scale, q)
     return Problem(
@@ -174,6 +201,36 @@ def _problem(form: str, q: View, k: View, v: View, options: Options, sizes: _Siz
         out_shape=out_shape,
         lse_shape=q.shape[:-1],
     )
+
+
+def _page_size(k: View, v: View, layout: str) -> int:
+    _check_arrays.same("pages", k, v, 0, cache=True)
+    _check_arrays.same("tokens a page", k, v, 2, cache=True)
+    page_size = k.shape[2]
+    if page_size < 8 or page_size & (page_size - 1):
+        raise ValueError(
+            f"kv_cache has page size {page_size} ({layout}); wanted a power of two ≥ 8"
+        )
+    return page_size
+
+
+def _tables(block_tables: View, seq_lens: View, q: View) -> tuple[int, int]:
+    """Check tables and lengths and return (batch, max_pages)."""
+    _check_arrays.index_array("block_tables", block_tables, q, rank=2, wanted="[batch, max_pages]")
+    _check_arrays.strides("block_tables", block_tables, aligned=False)
+    batch, max_pages = block_tables.shape
+    _check_arrays.lengths(seq_lens, q, batch)
+    return batch, max_pages
+
+
+def _one_more(name: str, ends: View, q: View, batch: int) -> None:
+    """Check a prefix sum over the requests of block_tables."""
+    given = _check_arrays.prefix_sums(name, ends, q)
+    if given != batch:
+        raise ValueError(
+            f"{name} has {given + 1} elements; wanted {batch + 1}, one more than block_tables has "
+            "rows"
+        )
 
 
 # --- paged caches --------------------------------------------------------------------------------
@@ -222,142 +279,6 @@ def _heads_first(view: View) -> View:
     return view._replace(
         shape=(pages, heads, tokens, dim), strides=(strides[0], strides[2], strides[1], strides[3])
     )
-
-
-def _cache_names(cache: bool) -> tuple[str, str]:
-    return ("kv_cache (k)", "kv_cache (v)") if cache else ("k", "v")
-
-
-# --- arrays --------------------------------------------------------------------------------------
-
-
-def _inputs(q: View, k: View, v: View, *, rank: int, wanted: str, cache: bool = False) -> None:
-    """Check dtype, rank, device, strides and alignment of q, k and v."""
-    k_name, v_name = _cache_names(cache)
-    if len(q.shape) != rank:
-        raise ValueError(f"q has shape {q.shape}; wanted {rank} axes {wanted}")
-    for name, view in ((k_name, k), (v_name, v)):
-        if not cache and len(view.shape) != rank:
-            raise ValueError(f"{name} has shape {view.shape}; wanted {rank} axes {wanted}")
-    for name, view in (("q", q), (k_name, k), (v_name, v)):
-        if view.dtype.startswith("float8"):
-            raise TypeError(
-                f"{name} is {view.dtype}, not supported by prefill yet; wanted "
-                f"{' or '.join(INPUT_DTYPES)}"
-            )
-        if view.dtype not in INPUT_DTYPES:
-            raise TypeError(f"{name} is {view.dtype}; wanted {' or '.join(INPUT_DTYPES)}")
-        if view.dtype != q.dtype:
-            raise TypeError(f"{name} is {view.dtype}; wanted q's {q.dtype}")
-        _device(name, view, q)
-        _strides(name, view)
-
-
-def _same(what: str, k: View, v: View, axis: int, *, cache: bool = False) -> None:
-    if v.shape[axis] != k.shape[axis]:
-        k_name, v_name = _cache_names(cache)
-        raise ValueError(f"{v_name} has {v.shape[axis]} {what}; wanted {k_name}'s {k.shape[axis]}")
-
-
-def _device(name: str, view: View, q: View) -> None:
-    if view.device != q.device:
-        raise ValueError(f"{name} is on {view.place}; wanted q's, {q.place}")
-
-
-def _strides(name: str, view: View, *, aligned: bool = True) -> None:
-    """Check that the last axis is packed, nothing runs backwards, and rows start on 16 bytes."""
-    shape, strides = view.shape, view.strides
-    if 0 in shape:
-        return
-    if min(strides) < 0:
-        raise ValueError(f"{name} has strides {strides}; wanted none below 0")
-    if strides[-1] != 1:
-        raise ValueError(f"{name} has stride {strides[-1]} on its last axis; wanted 1")
-    if not aligned:
-        return
-    itemsize = ITEMSIZE[view.dtype]
-    if view.pointer % ALIGNMENT:
-        raise ValueError(
-            f"{name} starts {view.pointer % ALIGNMENT} bytes past a multiple of {ALIGNMENT}; "
-            f"wanted rows aligned to {ALIGNMENT} bytes"
-        )
-    for axis, step in enumerate(strides[:-1]):
-        if shape[axis] > 1 and step * itemsize % ALIGNMENT:
-            raise ValueError(
-                f"{name} has stride {step} ({step * itemsize} bytes) on axis {axis}; wanted a "
-                f"multiple of {ALIGNMENT} bytes"
-            )
-
-
-def _packed(view: View) -> bool:
-    step = 1
-    for size, stride in zip(reversed(view.shape), reversed(view.strides), strict=True):
-        if size > 1 and stride != step:
-            return False
-        step *= size
-    return True
-
-
-def _index_array(name: str, view: View, q: View, *, rank: int, wanted: str) -> None:
-    if view.dtype != "int32":
-        raise TypeError(f"{name} is {view.dtype}; wanted int32")
-    if len(view.shape) != rank:
-        raise ValueError(f"{name} has shape {view.shape}; wanted int32 {wanted}")
-    _device(name, view, q)
-
-
-def _prefix_sums(name: str, view: View, q: View) -> int:
-    """Check a ``[batch + 1]`` array and return batch."""
-    _index_array(name, view, q, rank=1, wanted="[batch + 1]")
-    if view.shape[0] == 0:
-        raise ValueError(f"{name} is empty; wanted batch + 1 elements, the first of them 0")
-    if not _packed(view):
-        raise ValueError(f"{name} has stride {view.strides[0]}; wanted a contiguous array")
-    return view.shape[0] - 1
-
-
-def _lengths(seq_lens: View, q: View, batch: int) -> None:
-    shape = seq_lens.shape
-    _index_array("seq_lens", seq_lens, q, rank=max(len(shape), 1), wanted="[batch]")
-    if math.prod(shape) != batch or (batch and max(shape) != batch):
-        raise ValueError(
-            f"seq_lens has shape {shape}; wanted [{batch}], one length per row of block_tables"
-        )
-    if not _packed(seq_lens):
-        raise ValueError(f"seq_lens has strides {seq_lens.strides}; wanted a contiguous array")
-
-
-def _float_array(name: str, view: View, q: View, shape: tuple[int, ...], wanted: str) -> None:
-    """Check a packed float32 array of the given shape."""
-    if view.dtype != "float32":
-        raise TypeError(f"{name} is {view.dtype}; wanted float32")
-    if view.shape != shape:
-        raise ValueError(f"{name} has shape {view.shape}; wanted {shape}, {wanted}")
-    if not _packed(view):
-        raise ValueError(f"{name} has strides {view.strides}; wanted a contiguous array")
-    _device(name, view, q)
-
-
-def _outputs(options: Options, q: View, dtype: str, shape: tuple[int, ...]) -> None:
-    if dtype not in OUTPUT_DTYPES:
-        raise TypeError(f"out_dtype is {dtype}; wanted {', '.join(OUTPUT_DTYPES)}")
-    out, lse = options.out, options.lse
-    if out is not None:
-        if out.dtype != dtype:
-            source = "q's dtype" if options.out_dtype is None else "out_dtype"
-            raise TypeError(f"out is {out.dtype}; wanted {dtype} ({source})")
-        if out.shape != shape:
-            raise ValueError(f"out has shape {out.shape}; wanted {shape}")
-        _device("out", out, q)
-        _strides("out", out)
-        if not distinct(out):
-            raise ValueError(
-                f"out has strides {out.strides} for shape {shape}, so elements share memory; "
-                "wanted each element to have its own"
-            )
-    if lse is not None:
-        wanted = "[batch, seq, heads]" if len(shape) == 4 else "[tokens, heads]"
-        _float_array("lse", lse, q, shape[:-1], wanted)
 
 
 # --- numbers and flags ---------------------------------------------------------------------------
@@ -419,7 +340,7 @@ def _number(name: str, value: Any, q: View, *, positive: bool = False) -> None:
             raise TypeError(f"{name} is {value.dtype}; wanted {wanted}")
         if math.prod(value.shape) != 1:
             raise ValueError(f"{name} has shape {value.shape}; wanted {wanted}")
-        _device(name, value, q)
+        _check_arrays.same_device(name, value, q)
     elif value is not None:
         number = _real(name, value, wanted)
         if positive and number < _SMALLEST:
@@ -446,5 +367,5 @@ def _skip(options: Options, q: View, batch: int, q_heads: int) -> SkipMode | Non
         )
     if min(live.strides) < 0:
         raise ValueError(f"skip_softmax.threshold has strides {live.strides}; wanted none below 0")
-    _device("skip_softmax.threshold", live, q)
+    _check_arrays.same_device("skip_softmax.threshold", live, q)
     return replace(skip, thresholds=Layout(*live[1:4]))

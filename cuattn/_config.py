@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import Any
 
-STAGES = 2  # tiles of K and V in flight, fmha_sm80.cu
+STAGES = 2  # tiles of K and V in flight, fmha_sm80.cu; slots of a warp, decode.cu
 CHUNK = 64  # columns of one swizzled chunk of shared memory, tile/swizzle.cuh
 
 
@@ -31,12 +32,74 @@ class FmhaConfig:
     @property
     def shared_memory(self) -> int:
         """Bytes of shared memory of a block: Q, and a ring of K and V tiles."""
-        qk, v = (-(-dim // CHUNK) * CHUNK * 2 for dim in (self.head_dim_qk, self.head_dim_v))
+        qk, v = _row_bytes(self.head_dim_qk), _row_bytes(self.head_dim_v)
         return self.block_q * qk + STAGES * self.block_kv * (qk + v)
 
     def define(self) -> str:
         """Return the designated initialisers that stand behind ``-DCUATTN_CONFIG=``."""
-        return ", ".join(f".{f.name}={_literal(getattr(self, f.name))}" for f in fields(self))
+        return _initialisers(self)
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeConfig:
+    """Configuration of paged decode."""
+
+    element: str = "bfloat16"
+    output: str = "bfloat16"
+    head_dim_qk: int = 128
+    head_dim_v: int = 128
+    rows: int = 16
+    block_kv: int = 32
+    warps: int = 4
+    blocks: int = 2
+    soft_cap: bool = False
+    skip_softmax: bool = False
+    masses: bool = False
+    mass_rule: bool = False
+
+    @property
+    def threads(self) -> int:
+        """Threads of a block."""
+        return self.warps * 32
+
+    @property
+    def shared_memory(self) -> int:
+        """Bytes of a block: Q, the warps' rings, their rows, seeds and counts."""
+        qk, v = _row_bytes(self.head_dim_qk), _row_bytes(self.head_dim_v)
+        rings = self.warps * STAGES * self.block_kv * max(qk, v)
+        rows = self.warps * self.rows
+        return self.rows * qk + rings + rows * 16 + rows * 8 + (self.warps + 1) * 4
+
+    def define(self) -> str:
+        """Return the designated initialisers that stand behind ``-DCUATTN_CONFIG=``."""
+        return _initialisers(self)
+
+
+@dataclass(frozen=True, slots=True)
+class CombineConfig:
+    """Configuration of what merges decode's splits."""
+
+    output: str = "bfloat16"
+    head_dim_v: int = 128
+    warps: int = 4
+
+    @property
+    def threads(self) -> int:
+        """Threads of a block."""
+        return self.warps * 32
+
+    def define(self) -> str:
+        """Return the designated initialisers that stand behind ``-DCUATTN_CONFIG=``."""
+        return _initialisers(self)
+
+
+def _row_bytes(head_dim: int) -> int:
+    """Bytes of a row in shared memory."""
+    return -(-head_dim // CHUNK) * CHUNK * 2
+
+
+def _initialisers(config: Any) -> str:
+    return ", ".join(f".{f.name}={_literal(getattr(config, f.name))}" for f in fields(config))
 
 
 def _literal(value: str | int | bool) -> str:

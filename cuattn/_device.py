@@ -10,7 +10,7 @@ from ._records import HOST, Device
 _OLDEST = (8, 0)
 
 # What the emulator stands for, so that plans are those of an H200.
-EMULATOR = Device(HOST, "emulator", (9, 0), "sm_90a", multiprocessors=1, shared_memory=232_448)
+EMULATOR = Device(HOST, "emulator", (9, 0), "sm_90a", multiprocessors=16, shared_memory=232_448)
 
 
 def current() -> int:

@@ -6,8 +6,8 @@ from dataclasses import replace
 from functools import lru_cache
 from itertools import product
 
-from ._config import FmhaConfig
-from ._records import Device, Geometry, Plan, Problem
+from ._config import CHUNK, CombineConfig, DecodeConfig, FmhaConfig
+from ._records import DecodeGeometry, Device, Geometry, Plan, Problem, SplitRule, Step
 
 # Head dimensions that kernels are compiled for; others are rounded up and the rest is zeros.
 HEAD_DIMS = (32, 64, 96, 128, 192, 256)
@@ -101,6 +101,112 @@ def _tile(
     small = replace(dims, rows_per_warp=16, block_kv=32, block_q=64)
     assert small.shared_memory <= shared_memory, f"{small} does not fit {shared_memory} bytes"
     return small, "64 rows a block: no larger tile fits the shared memory"
+
+
+# --- decode ---------------------------------------------------------------------------------------
+
+WARPS = 4  # of a block of decode
+BLOCKS = 2  # of them to a multiprocessor
+FILL = 1  # blocks to a multiprocessor that splits are made for
+SLOT_BYTES = 8192  # of keys or values, the aim; two a warp are in flight
+WAVES = 4  # blocks in line for every place on a multiprocessor; more items than that share blocks
+SMALLEST_SPLIT = 512  # keys
+LARGEST_SPLIT = 8192
+MOST_SPLITS = 64
+
+
+@lru_cache(maxsize=4096)
+def decode(problem: Problem, device: Device) -> Plan:
+    """Choose kernels, configuration, splits and grid of one decode call."""
+    config = _decode_config(problem, device)
+    group = problem.q_heads // problem.kv_heads
+    if problem.form == "decode":
+        row_blocks = problem.batch * -(-problem.q_len * group // config.rows)
+    else:  # each request may end with a block of rows that is not full
+        row_blocks = problem.tokens * group // config.rows + problem.batch
+    items = max(row_blocks * problem.kv_heads, 1)
+    rule = _split_rule(problem, items, device)
+    blocks = min(items * rule.most, WAVES * config.blocks * device.multiprocessors)
+    if not problem.tokens:
+        blocks = 0
+    # The last block of a row to arrive merges its splits, where blocks are few and so arrive
+    # together; among many, its wait for stores and counter would hold up the others' loads.
+    in_place = items * rule.most <= config.blocks * device.multiprocessors
+    combine = CombineConfig(problem.out_dtype, config.head_dim_v)
+    rows = problem.tokens * problem.q_heads
+    after = None
+    sizes = (0, 0, 0)
+    if rule.most > 1:
+        arrivals = 4 * (problem.tokens * group // config.rows + problem.batch) * problem.kv_heads
+        sizes = (
+            rule.most * rows * problem.head_dim_v * 4,
+            rule.most * rows * 16,
+            arrivals if in_place else 0,
+        )
+        if not in_place:
+            grid = -(-rows // combine.warps)
+            after = Step("combine", combine, grid, combine.threads, 0)
+    return Plan(
+        kernel="decode",
+        config=config,
+        q_blocks=row_blocks,
+        grid=(blocks, 1, 1),
+        threads=config.threads,
+        shared_memory=config.shared_memory,
+        geometry=DecodeGeometry(config.rows, config.block_kv, config.warps, rule),
+        reason=f"up to {rule.most} splits, merged {'in place' if after is None else 'afterwards'}",
+        after=after,
+        partials=sizes,
+    )
+
+
+def _split_rule(problem: Problem, items: int, device: Device) -> SplitRule:
+    """Return into how many parts the keys of a request are cut.
+
+    As many as fill the multiprocessors; long requests into parts that others can overtake.  The
+    bound on the length only cuts off what no request can reach.
+    """
+    if problem.batch_invariant:
+        items = problem.kv_heads
+    target = max(FILL * device.multiprocessors // items, 1)
+    rule = SplitRule(target, SMALLEST_SPLIT, LARGEST_SPLIT, max(target, MOST_SPLITS))
+    keys = problem.kv_len
+    if problem.window_left >= 0:
+        tokens = problem.q_len if problem.form == "decode" else problem.tokens
+        keys = min(keys, problem.window_left + tokens)
+    return replace(rule, most=rule.splits(keys))
+
+
+def _decode_config(problem: Problem, device: Device) -> DecodeConfig:
+    head_dim_qk, head_dim_v = round_up(problem.head_dim_qk), round_up(problem.head_dim_v)
+    group = problem.q_heads // problem.kv_heads
+    tokens = problem.q_len
+    if problem.form == "decode_ragged":
+        tokens = -(-problem.tokens // max(problem.batch, 1))
+    rows = 32 if tokens * group > 16 and head_dim_v <= 128 else 16
+    config = decode_tile(head_dim_qk, head_dim_v, rows, device.shared_memory)
+    skip = problem.skip
+    mass_rule = skip is not None and skip.source == "dropped_mass"
+    return replace(
+        config,
+        element=problem.q.dtype,
+        output=problem.out_dtype,
+        soft_cap=problem.soft_cap > 0,
+        skip_softmax=skip is not None,
+        masses=skip is not None and (mass_rule or skip.certificate),
+        mass_rule=mass_rule,
+    )
+
+
+def decode_tile(head_dim_qk: int, head_dim_v: int, rows: int, shared_memory: int) -> DecodeConfig:
+    """Return the geometry of a decode kernel: keys a tile, and blocks to a multiprocessor."""
+    dims = DecodeConfig(head_dim_qk=head_dim_qk, head_dim_v=head_dim_v, rows=rows, warps=WARPS)
+    row_bytes = max(head_dim_qk, head_dim_v, CHUNK) * 2
+    # Two row tiles of scores and of waiting probabilities leave registers for 32 keys only.
+    keys = min(64 if rows == 16 else 32, 1 << (SLOT_BYTES // row_bytes).bit_length() - 1)
+    config = replace(dims, block_kv=max(keys, 16))
+    fitting = (shared_memory + RESERVED) // (config.shared_memory + RESERVED)
+    return replace(config, blocks=min(fitting, BLOCKS))
 
 
 def shipped_configs(arch: str) -> list[tuple[str, FmhaConfig]]:

@@ -78,13 +78,13 @@ def pack_rest(
     skip = problem.skip
     live = skip.thresholds if skip else None
     splits = getattr(plan.geometry, "splits", _NO_SPLITS)
-    batched = problem.form == "batched"
+    form = problem.form
     return _REST.pack(
-        *_outer_row_head(problem.q.strides, batched),
-        *_kv_strides(problem.k, problem.form),
-        *_kv_strides(problem.v, problem.form),
-        *_outer_row_head(out, batched),
-        *((lse[0], lse[1], lse[2]) if batched else (0, lse[0], lse[1])),
+        *_outer_row_head(problem.q.strides, form),
+        *_kv_strides(problem.k, form),
+        *_kv_strides(problem.v, form),
+        *_outer_row_head(out, form),
+        *_outer_row_head((*lse, 1), form),
         tables,
         *_threshold_strides(live),
         problem.batch,
@@ -111,14 +111,18 @@ def pack_rest(
     )
 
 
-def _outer_row_head(strides: tuple[int, ...], batched: bool) -> tuple[int, int, int]:
-    return (strides[0], strides[1], strides[2]) if batched else (0, strides[0], strides[1])
+def _outer_row_head(strides: tuple[int, ...], form: str) -> tuple[int, int, int]:
+    if form == "decode" and len(strides) == 3:  # one token a request
+        return strides[0], 0, strides[1]
+    if form in ("batched", "decode"):
+        return strides[0], strides[1], strides[2]
+    return 0, strides[0], strides[1]
 
 
 def _kv_strides(layout: Layout, form: str) -> tuple[int, int, int]:
-    if form == "paged":  # [pages, heads, page_size, dim]
+    if form in ("paged", "decode", "decode_ragged"):  # [pages, heads, page_size, dim]
         return layout.strides[0], layout.strides[2], layout.strides[1]
-    return _outer_row_head(layout.strides, form == "batched")
+    return _outer_row_head(layout.strides, form)
 
 
 def _threshold_strides(live: Layout | None) -> tuple[int, int]:

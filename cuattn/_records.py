@@ -48,17 +48,18 @@ class Layout:
 class SkipMode:
     """What of a `SkipSoftmax` changes the kernel or its parameters' meaning, not their values."""
 
-    source: str  # "threshold" | "thresholds" | "scale_factor"
+    source: str  # "threshold" | "thresholds" | "scale_factor" | "dropped_mass"
     unsafe: bool
     thresholds: Layout | None = None  # of the live array, [batch] or [batch, heads]
     stats: bool = False
+    certificate: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
     """One attention call, checked: shapes and options, no pointers."""
 
-    form: str  # "batched" | "ragged" | "paged" | "decode"
+    form: str  # "batched" | "ragged" | "paged" | "decode" | "decode_ragged"
     q: Layout
     k: Layout  # paged: [pages, heads, page_size, dim], whatever the caller's layout
     v: Layout
@@ -77,7 +78,8 @@ class Problem:
     out_dtype: str
     out_shape: tuple[int, ...]
     lse_shape: tuple[int, ...]
-    tokens: int = 0  # of q in all; decode only
+    tokens: int = 0  # of q in all; decode only, as what follows
+    batch_invariant: bool = False
 
 
 @dataclass(frozen=True, slots=True)

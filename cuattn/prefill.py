@@ -100,6 +100,7 @@ def prefill(
         out,
         lse,
         out_dtype,
+        None,
     )
     return _call.attend(_call.BATCHED, views, pointers, given, return_lse, launch)
 
@@ -171,6 +172,7 @@ stream
         out,
         lse,
         out_dtype,
+        None,
     )
     return _call.attend(_call.RAGGED, views, pointers, given, return_lse, launch)
 
@@ -268,5 +270,6 @@ stream
         out,
         lse,
         out_dtype,
+        None,
     )
     return _call.attend(_call.PAGED, views, pointers, given, return_lse, launch, layout)

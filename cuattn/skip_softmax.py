@@ -122,13 +122,14 @@ class SkipSoftmax:
         request with ``kv_len <= factor`` would have λ ≥ 1: it runs without skipping and is counted
         as ineligible.
     max_dropped_mass : float, optional
-        Bound on the weight that a row may lose.  Decode only.
+        ε: every query row of decode keeps at least 1 − ε of its softmax weight, whatever the data.
+        Tiles are left out as long as that is certain; nothing is to be calibrated.
     unsafe : bool
         Allow λ ≥ 1, which may drop everything after the first tile.
     stats : SkipStats, optional
         Counters to add to.
     certificate : bool
-        Return a bound on the dropped weight.  Decode only.
+        Decode only: return the share of its weight that every row lost, as one more result.
 
     Notes
     -----
@@ -181,6 +182,8 @@ class SkipSoftmax:
             raise TypeError(f"{given[0]} is {value!r}; wanted a number")
         if not math.isfinite(value) or float(value) < 0:
             raise ValueError(f"{given[0]} is {value!r}; wanted a finite number ≥ 0")
+        if given[0] == "max_dropped_mass" and float(value) >= 1:
+            raise ValueError(f"max_dropped_mass is {value!r}; wanted below 1")
         if given[0] == "threshold" and float(value) >= 1 and not self.unsafe:
             raise ValueError(
                 f"threshold is {value!r}; wanted below 1, or unsafe=True, since λ ≥ 1 may drop "

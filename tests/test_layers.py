@@ -25,8 +25,8 @@ CUDA_FLOORS = ("core", "ptx", "tile", "attention", ".")  # "." holds the kernels
 PYTHON_FLOORS = (
     ("_records", "_dtypes"),
     ("_sources", "_config", "_device", "_overlap", "_host"),
-    ("_compile", "_params", "_replay"),
-    ("_ingest", "_check", "_heuristics", "_launch", "reference"),
+    ("_compile", "_params", "_replay", "_check_arrays"),
+    ("_ingest", "_check", "_heuristics", "_launch", "reference", "_workspace"),
     ("skip_softmax", "_workloads"),
     ("emulator._build", "emulator._tensor_map"),
     ("emulator._memory", "emulator._report"),
@@ -35,7 +35,7 @@ PYTHON_FLOORS = (
     ("emulator._launch",),
     ("emulator",),
     ("_call",),
-    ("prefill",),
+    ("prefill", "decode"),
     ("__init__",),
     ("_demo", "_cli_compile"),
     ("_cli_info",),
@@ -45,6 +45,7 @@ PYTHON_FLOORS = (
 NUMPY_ONLY = (
     "_records",
     "_check",
+    "_check_arrays",
     "_heuristics",
     "_config",
     "_params",
@@ -57,7 +58,7 @@ NUMPY_ONLY = (
 # Modules that may import CuPy, and only inside their functions.
 CUPY_INSIDE = (
     *("_ingest", "_device", "_compile", "_launch"),
-    *("_call", "skip_softmax"),  # to allocate results and counters
+    *("_call", "skip_softmax", "_workspace"),  # to allocate results and counters
     *("_demo", "_workloads", "_cli_check", "_cli_info"),
 )
 FRAMEWORKS_INSIDE = ("_demo",)

@@ -18,3 +18,31 @@ struct FmhaConfig {
 
   DEVICE constexpr int32 threads() const { return block_q / rows_per_warp * 32; }
 };
+
+// Paged decode.  One block: `rows` query rows of one kv head, whose tiles of `block_kv` keys the
+// warps share out.
+struct DecodeConfig {
+  Dtype element = Dtype::bfloat16;
+  Dtype output = Dtype::bfloat16;
+  int32 head_dim_qk = 128;
+  int32 head_dim_v = 128;
+  int32 rows = 16;
+  int32 block_kv = 32;
+  int32 warps = 4;
+  int32 blocks = 2;  // to a multiprocessor, for which registers must suffice
+  bool soft_cap = false;
+  bool skip_softmax = false;
+  bool masses = false;     // weigh every tile, also those that are left out
+  bool mass_rule = false;  // leave out by weight, not by threshold; wants `masses`
+
+  DEVICE constexpr int32 threads() const { return warps * 32; }
+};
+
+// Merging the splits of decode.
+struct CombineConfig {
+  Dtype output = Dtype::bfloat16;
+  int32 head_dim_v = 128;
+  int32 warps = 4;
+
+  DEVICE constexpr int32 threads() const { return warps * 32; }
+};

@@ -44,8 +44,8 @@ struct Visibility {
 };
 
 // Scores of keys that a row does not see become −∞.
-template <int32 row_tiles, int32 key_tiles>
-DEVICE void mask_scores(float (&scores)[row_tiles][key_tiles][4], const Visibility& visibility,
+template <int32 row_tiles, int32 key_tiles, typename RowVisibility>
+DEVICE void mask_scores(float (&scores)[row_tiles][key_tiles][4], const RowVisibility& visibility,
                         int32 first_row, int32 first_key) {
   const int32 row = first_row + int32(recomputed(fragment_row()));
   const int32 key = first_key + fragment_column();  // of this lane's first score

@@ -43,17 +43,21 @@ DEVICE void row_maxima(float (&maxima)[row_tiles][2],
     }
 }
 
-// Take new maxima into the statistics and bring sum and output to them.
-template <int32 row_tiles, int32 value_tiles>
-DEVICE void raise_maxima(RowStatistics<row_tiles>& rows, const float (&maxima)[row_tiles][2],
-                         float (&output)[row_tiles][value_tiles][4], float scale) {
+// Whether some row of the warp has a new maximum.
+template <int32 row_tiles>
+DEVICE bool some_grow(const RowStatistics<row_tiles>& rows, const float (&maxima)[row_tiles][2]) {
   bool grown = false;
 #pragma unroll
   for (int32 r = 0; r < row_tiles; ++r)
 #pragma unroll
     for (int32 half = 0; half < 2; ++half) grown |= maxima[r][half] > rows.maximum[r][half];
-  // NOTE: after a few tiles maxima hardly grow; without this test every tile pays for the output.
-  if (!warp_any(grown)) return;
+  return warp_any(grown);
+}
+
+// Take new maxima into the statistics; what was summed before shrinks by `shrink`.
+template <int32 row_tiles>
+DEVICE void raise_maxima(RowStatistics<row_tiles>& rows, float (&shrink)[row_tiles][2],
+                         const float (&maxima)[row_tiles][2], float scale) {
 #pragma unroll
   for (int32 r = 0; r < row_tiles; ++r)
 #pragma unroll
@@ -61,16 +65,53 @@ DEVICE void raise_maxima(RowStatistics<row_tiles>& rows, const float (&maxima)[r
       const float old_maximum = rows.maximum[r][half];
       const float new_maximum = fmaxf(old_maximum, maxima[r][half]);
       // A row that has seen no key yet has nothing to shrink (and −∞ − −∞ is not a number).
-      const float shrink =
+      shrink[r][half] =
           old_maximum == new_maximum ? 1.f : exp2_approximate((old_maximum - new_maximum) * scale);
       rows.maximum[r][half] = new_maximum;
-      rows.sum[r][half] *= shrink;
-#pragma unroll
-      for (int32 c = 0; c < value_tiles; ++c) {
-        output[r][c][half * 2] *= shrink;
-        output[r][c][half * 2 + 1] *= shrink;
-      }
+      rows.sum[r][half] *= shrink[r][half];
     }
+}
+
+// The larger of two maxima of each row.
+template <int32 row_tiles>
+DEVICE void larger(float (&maxima)[row_tiles][2], const float (&first)[row_tiles][2],
+                   const float (&second)[row_tiles][2]) {
+#pragma unroll
+  for (int32 r = 0; r < row_tiles; ++r)
+#pragma unroll
+    for (int32 half = 0; half < 2; ++half) maxima[r][half] = fmaxf(first[r][half], second[r][half]);
+}
+
+// Add the sums of one tile, which are relative to the same maxima.
+template <int32 row_tiles>
+DEVICE void add_sums(RowStatistics<row_tiles>& rows, const RowStatistics<row_tiles>& tile) {
+#pragma unroll
+  for (int32 r = 0; r < row_tiles; ++r)
+#pragma unroll
+    for (int32 half = 0; half < 2; ++half) rows.sum[r][half] += tile.sum[r][half];
+}
+
+// Whether some row of the warp shrinks.
+template <int32 row_tiles>
+DEVICE bool some_shrink(const float (&shrink)[row_tiles][2]) {
+  bool some = false;
+#pragma unroll
+  for (int32 r = 0; r < row_tiles; ++r)
+#pragma unroll
+    for (int32 half = 0; half < 2; ++half) some |= shrink[r][half] != 1.f;
+  return warp_any(some);
+}
+
+// Bring what was summed into `output` to new maxima.
+template <int32 row_tiles, int32 value_tiles>
+DEVICE void shrink_output(float (&output)[row_tiles][value_tiles][4],
+                          const float (&shrink)[row_tiles][2]) {
+#pragma unroll
+  for (int32 r = 0; r < row_tiles; ++r)
+#pragma unroll
+    for (int32 c = 0; c < value_tiles; ++c)
+#pragma unroll
+      for (int32 i = 0; i < 4; ++i) output[r][c][i] *= shrink[r][i / 2];
 }
 
 // The scores of keys 16·step … become probabilities relative to the rows' maxima, which are added

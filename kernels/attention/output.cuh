@@ -18,6 +18,22 @@ DEVICE void store_pair(float* target, float first, float second) {
   *reinterpret_cast<FloatPair*>(target) = {first, second};
 }
 
+struct alignas(16) FourFloats {
+  float values[4];
+};
+struct alignas(8) TwoWords {
+  uint32 first, second;
+};
+
+// Four neighbouring columns.
+DEVICE void store_four(float* target, const float (&x)[4]) {
+  *reinterpret_cast<FourFloats*>(target) = {{x[0], x[1], x[2], x[3]}};
+}
+template <typename Output>
+DEVICE void store_four(Output* target, const float (&x)[4]) {
+  *reinterpret_cast<TwoWords*>(target) = {pack(x[0], x[1], Output{}), pack(x[2], x[3], Output{})};
+}
+
 // What turns a row's maximum and sum into its result.
 struct Finish {
   float scale;      // of the scores, log2 e included

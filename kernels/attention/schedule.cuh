@@ -21,17 +21,13 @@ DEVICE Range tokens_of(const int32* cu_seqlens, int32 request, int32 tokens) {
   return {begin, minimum(maximum(cu_seqlens[request + 1], begin), tokens)};
 }
 
-// Find the request that owns block `slot` when each has ceil(q_len / block_q) of them: the 32 lanes
+// Find the request that owns block `slot` when request i has `blocks_of(i)` of them: the 32 lanes
 // look at 32 requests at a time.  `slot` becomes the block inside the request.
-template <int32 block_q>
-DEVICE bool find_request(const AttentionParams& params, int32& request, int32& slot) {
-  for (int32 first = 0; first < params.batch; first += warp_size) {
+template <typename BlocksOf>
+DEVICE bool find_request(int32 batch, const BlocksOf& blocks_of, int32& request, int32& slot) {
+  for (int32 first = 0; first < batch; first += warp_size) {
     const int32 candidate = first + lane_index();
-    int32 blocks = 0;
-    if (candidate < params.batch) {
-      const Range tokens = tokens_of(params.cu_seqlens_q, candidate, params.q_len);
-      blocks = ceil_div(tokens.end - tokens.begin, block_q);
-    }
+    const int32 blocks = candidate < batch ? blocks_of(candidate) : 0;
     int32 blocks_so_far = blocks;  // of this lane's request and those before it
 #pragma unroll
     for (int32 distance = 1; distance < warp_size; distance *= 2) {
@@ -60,7 +56,11 @@ DEVICE Work find_work(const AttentionParams& params, uint32 block) {
   work.kv_len = params.kv_len;
   work.exists = true;
   if (params.cu_seqlens_q) {
-    work.exists = find_request<block_q>(params, work.request, slot);
+    const auto blocks_of = [&](int32 request) {
+      const Range tokens = tokens_of(params.cu_seqlens_q, request, params.q_len);
+      return ceil_div(tokens.end - tokens.begin, block_q);
+    };
+    work.exists = find_request(params.batch, blocks_of, work.request, slot);
     if (!work.exists) return work;
     const Range tokens = tokens_of(params.cu_seqlens_q, work.request, params.q_len);
     work.q_start = tokens.begin;

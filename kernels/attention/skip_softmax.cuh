@@ -50,13 +50,20 @@ struct SkipRule {
   }
 };
 
-// Add one warp's counts to those of its request and head: whole numbers, so order is no matter.
-DEVICE void report_skips(const AttentionParams& params, int32 request, int32 head, uint32 visited,
-                         uint32 skipped, bool ineligible) {
-  if (!params.skip_counts || lane_index() != 0) return;
+// Add to the counts of a request and head: whole numbers, so order is no matter.
+DEVICE void add_skips(const AttentionParams& params, int32 request, int32 head, uint32 visited,
+                      uint32 skipped, bool ineligible) {
   uint64* counts = params.skip_counts + request * params.q_heads + head;
   const int32 plane = params.batch * params.q_heads;
   atomic_add(counts, visited);
   atomic_add(counts + plane, skipped);
   if (ineligible) atomic_add(counts + 2 * plane, visited);
+}
+
+// One warp's counts, if they are wanted.
+DEVICE void report_skips(const AttentionParams& params, int32 request, int32 head, uint32 visited,
+                         uint32 skipped, bool ineligible) {
+  if (params.skip_counts && lane_index() == 0) {
+    add_skips(params, request, head, visited, skipped, ineligible);
+  }
 }

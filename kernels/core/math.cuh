@@ -18,5 +18,12 @@ DEVICE constexpr T maximum(T a, T b) {
   return a > b ? a : b;
 }
 
+// The logarithm of a power of two.
+DEVICE constexpr int32 shift_of(int32 power) {
+  int32 shift = 0;
+  while (1 << shift < power) ++shift;
+  return shift;
+}
+
 // The smallest multiple count: blocks of `size` that cover `n` things.
 DEVICE constexpr int32 ceil_div(int32 n, int32 size) { return (n + size - 1) / size; }

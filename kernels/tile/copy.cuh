@@ -11,23 +11,29 @@ struct Range {
   DEVICE bool empty() const { return begin >= end; }
 };
 
+// Where a row starts in memory; one that does not exist reads as zeros.
+struct SourceRow {
+  const char* start;
+  bool exists;
+};
+
 // Rows at a fixed distance in memory.
 struct StridedRows {
   const char* first;  // row 0
   int64 stride;       // bytes
 
-  DEVICE const char* row(int32 index) const { return first + index * stride; }
-  DEVICE bool exists(int32) const { return true; }
+  DEVICE SourceRow row(int32 index) const { return {first + index * stride, true}; }
 };
 
 // Copy rows `first_row`, … of `source` into `tile`; rows outside `valid` and columns from
-// `valid_columns` on become zeros and are not read.  Eight threads share a row, 16 bytes each.
+// `valid_columns` on become zeros and are not read.  Eight threads share a row, 16 bytes each;
+// `threads` is a whole block or, where every warp copies for itself, 32.
 template <int32 threads, typename Tile, typename Source>
 DEVICE void request_tile(Tile tile, const Source& source, int32 first_row, Range valid,
                          int32 valid_columns) {
   constexpr int32 rows_at_once = threads / 8, passes = Tile::rows / rows_at_once;
   static_assert(Tile::rows % rows_at_once == 0, "every thread copies the same number of rows");
-  const uint32 thread = recomputed(thread_index());
+  const uint32 thread = recomputed(thread_index()) % threads;
   const uint32 column = thread % 8, first = thread / 8;
 
   const char* pointers[passes];  // all looked up before the first copy, so that look-ups overlap
@@ -35,8 +41,9 @@ DEVICE void request_tile(Tile tile, const Source& source, int32 first_row, Range
 #pragma unroll
   for (int32 pass = 0; pass < passes; ++pass) {
     const int32 index = first_row + int32(first) + pass * rows_at_once;
-    readable[pass] = valid.contains(index) && source.exists(index);
-    pointers[pass] = source.row(index) + column * 16;
+    const SourceRow row = source.row(index);
+    readable[pass] = row.exists && valid.contains(index);
+    pointers[pass] = row.start + column * 16;
   }
 #pragma unroll
   for (int32 pass = 0; pass < passes; ++pass) {

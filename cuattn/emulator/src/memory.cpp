@@ -122,20 +122,28 @@ void store_shared(Word address, const void* source, int bytes) {
 
 // Fibers are not preempted: a plain addition is atomic.
 template <typename T>
-void add(T* counter, T amount) {
+void check_counter(T* counter) {
   if (reinterpret_cast<uintptr_t>(counter) % sizeof(T) != 0)
-    fail("atomic addition at %p, not a multiple of %zu", static_cast<void*>(counter), sizeof(T));
+    fail("atomic access at %p, not a multiple of %zu", static_cast<void*>(counter), sizeof(T));
   memory::check_global(counter, sizeof(T), true);
-  *counter += amount;
 }
 
 void atomic_add(Wide* counter, Wide amount) {
   ENTER_EMULATOR();
-  add(counter, amount);
+  check_counter(counter);
+  *counter += amount;
 }
 void atomic_add(Word* counter, Word amount) {
   ENTER_EMULATOR();
-  add(counter, amount);
+  check_counter(counter);
+  *counter += amount;
+}
+Word atomic_count(Word* counter, Word last) {
+  ENTER_EMULATOR();
+  check_counter(counter);
+  const Word before = *counter;
+  *counter = before >= last ? 0 : before + 1;
+  return before;
 }
 
 namespace memory {

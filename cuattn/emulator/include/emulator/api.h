@@ -95,5 +95,6 @@ void load_shared(void* target, Word address, int bytes);
 void store_shared(Word address, const void* source, int bytes);
 void atomic_add(Wide* counter, Wide amount);
 void atomic_add(Word* counter, Word amount);
+Word atomic_count(Word* counter, Word last);  // + 1, after `last` 0; the count before
 
 }  // namespace emulator

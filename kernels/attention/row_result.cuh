@@ -1,0 +1,61 @@
+// One finished row, held by one warp: to O, LSE and the share that was dropped.
+#pragma once
+
+#include <attention/output.cuh>
+#include <attention/params.cuh>
+#include <attention/partial.cuh>
+
+// A row of q: token `token` of request `request`, whose tokens follow `q_start` others.
+struct QueryRow {
+  int32 request, q_start, token, head;
+
+  // Where it lies in an array of that form.
+  DEVICE int64 in(const Strides& strides, const AttentionParams& params) const {
+    const bool ragged = params.cu_seqlens_q;
+    return (ragged ? 0 : request) * strides.outer +
+           (ragged ? q_start + token : token) * strides.row + head * strides.head;
+  }
+  // Its parts; `columns` of O each.
+  DEVICE GlobalParts parts(const AttentionParams& params) const {
+    const int64 row = int64(q_start + token) * params.q_heads + head;
+    return {.out = params.partial_out + row * params.head_dim_v,
+            .rows = static_cast<PartialRow*>(params.partial_rows) + row,
+            .stride = int64(params.tokens) * params.q_heads,
+            .columns = params.head_dim_v};
+  }
+};
+
+// The share of the denominator, sink included, that was left out.
+DEVICE float dropped_share(const PartialRow& row, const Finish& finish) {
+  if (row.dropped == 0.f) return 0.f;
+  const float kept_or_dropped = fmaxf(row.maximum, row.reference);
+  const float top = finish.has_sink ? fmaxf(kept_or_dropped, finish.sink) : kept_or_dropped;
+  const float dropped = row.dropped * weight_of(row.reference, top);
+  const float sink = finish.has_sink ? exp2_approximate(finish.sink - top) : 0.f;
+  const float total = row.sum * weight_of(row.maximum, top) + dropped + sink;
+  return dropped * reciprocal_approximate(total);
+}
+
+template <typename Output, int32 columns>
+DEVICE void write_row(const AttentionParams& params, const QueryRow& place,
+                      const WarpRow<columns>& merged) {
+  const Finish finish{
+      .scale = 1.f,
+      .out_scale = params.out_scale_array ? *params.out_scale_array : params.out_scale,
+      .has_sink = params.sinks != nullptr,
+      .sink = params.sinks ? params.sinks[place.head] * log2_e : 0.f};
+  const RowResult result = finish_row(merged.row.maximum, merged.row.sum, finish);
+  Output* out = static_cast<Output*>(params.out) + place.in(params.out_strides, params);
+#pragma unroll
+  for (int32 chunk = 0; chunk < merged.chunks; ++chunk) {
+    const int32 column = chunk * 128 + lane_index() * 4;
+    float values[4];
+#pragma unroll
+    for (int32 c = 0; c < 4; ++c) values[c] = merged.values[chunk][c] * result.factor;
+    if (column < params.head_dim_v) store_four(out + column, values);
+  }
+  if (lane_index() != 0) return;
+  const int64 statistic = place.in(params.lse_strides, params);
+  if (params.lse) params.lse[statistic] = result.lse;
+  if (params.dropped_mass) params.dropped_mass[statistic] = dropped_share(merged.row, finish);
+}
