@@ -273,7 +273,7 @@ def _emulate(
         if size:
             results[name] = np.full(size, fill, np.uint8)
     inputs = {name: view for name, view in named.items() if view is not None}
-    _launch.launch(plan.steps, _params.POINTERS, rest, inputs, results, settings)
+    _launch.launch([plan.step], _params.POINTERS, rest, inputs, results, settings)
     out = results["out"] if keywords.out is None else keywords.out
     lse = None
     if return_lse:
@@ -335,7 +335,7 @@ def _prepare(asked: _Asked) -> _Prepared:
     device = _device.describe(asked.views[0].device)
     problem, plan, rest = _planned(asked, device)
     return _Prepared(
-        _launch.prepare(plan.steps, device, _params.POINTER_BYTES, rest),
+        _launch.prepare([plan.step], device, _params.POINTER_BYTES, rest),
         problem.out_shape,
         _DTYPES[problem.out_dtype],
         problem.lse_shape,

@@ -75,24 +75,6 @@ class DecodeConfig:
         return _initialisers(self)
 
 
-@dataclass(frozen=True, slots=True)
-class CombineConfig:
-    """Configuration of what merges decode's splits."""
-
-    output: str = "bfloat16"
-    head_dim_v: int = 128
-    warps: int = 4
-
-    @property
-    def threads(self) -> int:
-        """Threads of a block."""
-        return self.warps * 32
-
-    def define(self) -> str:
-        """Return the designated initialisers that stand behind ``-DCUATTN_CONFIG=``."""
-        return _initialisers(self)
-
-
 def _row_bytes(head_dim: int) -> int:
     """Bytes of a row in shared memory."""
     return -(-head_dim // CHUNK) * CHUNK * 2

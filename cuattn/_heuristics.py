@@ -6,8 +6,10 @@ from dataclasses import replace
 from functools import lru_cache
 from itertools import product
 
-from ._config import CHUNK, CombineConfig, DecodeConfig, FmhaConfig
-from ._records import DecodeGeometry, Device, Geometry, Plan, Problem, SplitRule, Step
+import numpy as np
+
+from ._config import CHUNK, DecodeConfig, FmhaConfig
+from ._records import DecodeGeometry, Device, Geometry, Plan, Problem, SplitRule
 
 # Head dimensions that kernels are compiled for; others are rounded up and the rest is zeros.
 HEAD_DIMS = (32, 64, 96, 128, 192, 256)
@@ -105,86 +107,75 @@ def _tile(
 
 # --- decode ---------------------------------------------------------------------------------------
 
-WARPS = 4  # of a block of decode
-BLOCKS = 2  # of them to a multiprocessor
-FILL = 1  # blocks to a multiprocessor that splits are made for
 SLOT_BYTES = 8192  # of keys or values, the aim; two a warp are in flight
 WAVES = 4  # blocks in line for every place on a multiprocessor; more items than that share blocks
-SMALLEST_SPLIT = 512  # keys
-LARGEST_SPLIT = 8192
-MOST_SPLITS = 64
+SMALLEST_SPLIT = 256  # keys
+SMALLEST_INVARIANT_SPLIT = 2048
 
 
 @lru_cache(maxsize=4096)
 def decode(problem: Problem, device: Device) -> Plan:
-    """Choose kernels, configuration, splits and grid of one decode call."""
-    config = _decode_config(problem, device)
+    """Choose kernel, configuration, splits and grid of one decode call."""
     group = problem.q_heads // problem.kv_heads
+    rows = _decode_rows(problem, group)
     if problem.form == "decode":
-        row_blocks = problem.batch * -(-problem.q_len * group // config.rows)
+        row_blocks = problem.batch * -(-problem.q_len * group // rows)
     else:  # each request may end with a block of rows that is not full
-        row_blocks = problem.tokens * group // config.rows + problem.batch
-    items = max(row_blocks * problem.kv_heads, 1)
-    rule = _split_rule(problem, items, device)
-    blocks = min(items * rule.most, WAVES * config.blocks * device.multiprocessors)
+        row_blocks = problem.tokens * group // rows + problem.batch
+    whole = row_blocks * problem.kv_heads  # items, if no request is cut
+    config = _decode_config(problem, device, rows, whole)
+    places = config.blocks * device.multiprocessors
+    alone = problem.batch_invariant
+    smallest = SMALLEST_INVARIANT_SPLIT if alone else SMALLEST_SPLIT
+    share = float(np.float32(problem.kv_heads / places))
+    rule = SplitRule(share, smallest, alone)
+    # Parts of the mean load or more: no more of them in all than there are places, and of a request
+    # no more than its keys allow.
+    most = min(max(places // problem.kv_heads, 1), max(_most_keys(problem) // smallest, 1))
+    items = min(whole * most, whole * most if alone else whole + places + problem.kv_heads)
     if not problem.tokens:
-        blocks = 0
-    # The last block of a row to arrive merges its splits, where blocks are few and so arrive
-    # together; among many, its wait for stores and counter would hold up the others' loads.
-    in_place = items * rule.most <= config.blocks * device.multiprocessors
-    combine = CombineConfig(problem.out_dtype, config.head_dim_v)
-    rows = problem.tokens * problem.q_heads
-    after = None
-    sizes = (0, 0, 0)
-    if rule.most > 1:
-        arrivals = 4 * (problem.tokens * group // config.rows + problem.batch) * problem.kv_heads
-        sizes = (
-            rule.most * rows * problem.head_dim_v * 4,
-            rule.most * rows * 16,
-            arrivals if in_place else 0,
-        )
-        if not in_place:
-            grid = -(-rows // combine.warps)
-            after = Step("combine", combine, grid, combine.threads, 0)
+        items = 0
+    sizes = (items * rows * problem.head_dim_v * 4, items * rows * 16, items * 4)
     return Plan(
         kernel="decode",
         config=config,
         q_blocks=row_blocks,
-        grid=(blocks, 1, 1),
+        grid=(min(items, WAVES * places), 1, 1),
         threads=config.threads,
         shared_memory=config.shared_memory,
-        geometry=DecodeGeometry(config.rows, config.block_kv, config.warps, rule),
-        reason=f"up to {rule.most} splits, merged {'in place' if after is None else 'afterwards'}",
-        after=after,
-        partials=sizes,
+        geometry=DecodeGeometry(rows, config.block_kv, config.warps, rule),
+        reason=f"{config.warps} warps, {config.blocks} blocks a multiprocessor, "
+        f"at most {most} splits",
+        partials=sizes if most > 1 else (0, 0, 0),
     )
 
 
-def _split_rule(problem: Problem, items: int, device: Device) -> SplitRule:
-    """Return into how many parts the keys of a request are cut.
-
-    As many as fill the multiprocessors; long requests into parts that others can overtake.  The
-    bound on the length only cuts off what no request can reach.
-    """
-    if problem.batch_invariant:
-        items = problem.kv_heads
-    target = max(FILL * device.multiprocessors // items, 1)
-    rule = SplitRule(target, SMALLEST_SPLIT, LARGEST_SPLIT, max(target, MOST_SPLITS))
-    keys = problem.kv_len
-    if problem.window_left >= 0:
-        tokens = problem.q_len if problem.form == "decode" else problem.tokens
-        keys = min(keys, problem.window_left + tokens)
-    return replace(rule, most=rule.splits(keys))
+def _most_keys(problem: Problem) -> int:
+    """Return how many keys a request sees at most."""
+    if problem.window_left < 0:
+        return problem.kv_len
+    tokens = problem.q_len if problem.form == "decode" else problem.tokens
+    return min(problem.kv_len, problem.window_left + tokens)
 
 
-def _decode_config(problem: Problem, device: Device) -> DecodeConfig:
-    head_dim_qk, head_dim_v = round_up(problem.head_dim_qk), round_up(problem.head_dim_v)
-    group = problem.q_heads // problem.kv_heads
+def _decode_rows(problem: Problem, group: int) -> int:
+    """Return the rows of a block, by the rows of a request."""
     tokens = problem.q_len
     if problem.form == "decode_ragged":
         tokens = -(-problem.tokens // max(problem.batch, 1))
-    rows = 32 if tokens * group > 16 and head_dim_v <= 128 else 16
-    config = decode_tile(head_dim_qk, head_dim_v, rows, device.shared_memory)
+    return 32 if tokens * group > 16 and round_up(problem.head_dim_v) <= 128 else 16
+
+
+def _decode_config(problem: Problem, device: Device, rows: int, items: int) -> DecodeConfig:
+    # Where every multiprocessor gets one block at most, that one has all the warps.
+    few = items <= device.multiprocessors and not problem.batch_invariant
+    config = decode_tile(
+        round_up(problem.head_dim_qk),
+        round_up(problem.head_dim_v),
+        rows,
+        8 if few else 4,
+        device.shared_memory,
+    )
     skip = problem.skip
     mass_rule = skip is not None and skip.source == "dropped_mass"
     return replace(
@@ -198,15 +189,24 @@ def _decode_config(problem: Problem, device: Device) -> DecodeConfig:
     )
 
 
-def decode_tile(head_dim_qk: int, head_dim_v: int, rows: int, shared_memory: int) -> DecodeConfig:
-    """Return the geometry of a decode kernel: keys a tile, and blocks to a multiprocessor."""
-    dims = DecodeConfig(head_dim_qk=head_dim_qk, head_dim_v=head_dim_v, rows=rows, warps=WARPS)
+def decode_tile(
+    head_dim_qk: int, head_dim_v: int, rows: int, warps: int, shared_memory: int
+) -> DecodeConfig:
+    """Return the geometry of a decode kernel: keys a tile, warps, blocks to a multiprocessor."""
     row_bytes = max(head_dim_qk, head_dim_v, CHUNK) * 2
     # Two row tiles of scores and of waiting probabilities leave registers for 32 keys only.
     keys = min(64 if rows == 16 else 32, 1 << (SLOT_BYTES // row_bytes).bit_length() - 1)
-    config = replace(dims, block_kv=max(keys, 16))
+    config = DecodeConfig(
+        head_dim_qk=head_dim_qk,
+        head_dim_v=head_dim_v,
+        rows=rows,
+        block_kv=max(keys, 16),
+        warps=warps,
+    )
+    while config.shared_memory > shared_memory:
+        config = replace(config, warps=config.warps // 2)
     fitting = (shared_memory + RESERVED) // (config.shared_memory + RESERVED)
-    return replace(config, blocks=min(fitting, BLOCKS))
+    return replace(config, blocks=min(fitting, 8 // config.warps))
 
 
 def shipped_configs(arch: str) -> list[tuple[str, FmhaConfig]]:

@@ -45,18 +45,17 @@ INTEGERS = (
     "causal",
     "window_left",
 )
-SPLITS = ("target", "smallest", "largest", "most")
-MORE = ("tokens", "blocks")
+MORE = ("tokens", "blocks", "splitting")
 FLOATS = ("scale", "out_scale", "soft_cap", "threshold")
 FLAGS = ("threshold_per_length", "unsafe")
 
 POINTER_BYTES = struct.Struct(f"={len(POINTERS)}Q")
 _REST = struct.Struct(
-    f"={3 * len(STRIDES)}q3q{len(INTEGERS) + len(SPLITS) + len(MORE)}i{len(FLOATS)}f{len(FLAGS)}i",
+    f"={3 * len(STRIDES)}q3q{len(INTEGERS)}if2i{len(MORE)}i{len(FLOATS)}f{len(FLAGS)}i",
 )
 SIZE = POINTER_BYTES.size + _REST.size
 
-_NO_SPLITS = SplitRule(0, 0, 0, 0)
+_NO_SPLITS = SplitRule(0.0, 0, False)
 
 
 def pack_rest(
@@ -99,9 +98,10 @@ def pack_rest(
         problem.k.shape[0] if problem.page_size else 0,
         problem.causal,
         problem.window_left,
-        *(splits.target, splits.smallest, splits.largest, splits.most),
+        *(splits.share, splits.smallest, splits.alone),
         problem.tokens,
         plan.grid[0],
+        any(plan.partials),
         scale,
         out_scale,
         problem.soft_cap,

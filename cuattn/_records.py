@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
+
 HOST = -1  # the ordinal of host memory, which only the emulator reads
 
 
@@ -108,19 +110,21 @@ class Geometry:
 class SplitRule:
     """Into how many parts the keys of a request are cut.  Twin of the struct in params.cuh.
 
-    `target` parts, but of at least `smallest` keys each; more where a part would have more than
-    `largest`; never more than `most`.
+    Into parts of the load that all blocks at work have on average, or of `smallest` keys if that is
+    more; so what is much longer than the others is shared out, and everything if there is little.
     """
 
-    target: int
-    smallest: int
-    largest: int
-    most: int
+    share: float  # of a block in the keys of all, a float32: kv heads / blocks at work at a time
+    smallest: int  # keys
+    alone: bool  # the load is that of the request alone
 
-    def splits(self, keys: int) -> int:
-        """Return the number of parts of a request that sees `keys` keys."""
-        by_target = min(self.target, -(-keys // self.smallest))
-        return max(1, min(max(by_target, -(-keys // self.largest)), self.most))
+    def splits(self, keys: int, load: int) -> int:
+        """Return the number of parts of a request that sees `keys` keys.
+
+        `load` is the sum over all requests of the keys they see times their blocks of rows.
+        """
+        part = max(self.smallest, int(np.float32(load) * np.float32(self.share)))
+        return max(keys // part, 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +139,7 @@ class DecodeGeometry:
 
 
 class Step(NamedTuple):
-    """One kernel of a plan, compiled how, over which grid."""
+    """One kernel, compiled how, over which grid."""
 
     kernel: str
     config: Any  # the kernel's configuration record, see `_config`
@@ -156,11 +160,9 @@ class Plan:
     shared_memory: int  # bytes
     geometry: Any  # Geometry, DecodeGeometry
     reason: str
-    after: Step | None = None  # a second kernel, which has the same parameters
     partials: tuple[int, int, int] = (0, 0, 0)  # bytes of partial_out, partial_rows, arrivals
 
     @property
-    def steps(self) -> tuple[Step, ...]:
-        """Its kernels in order."""
-        first = Step(self.kernel, self.config, self.grid[0], self.threads, self.shared_memory)
-        return (first,) if self.after is None else (first, self.after)
+    def step(self) -> Step:
+        """Its kernel, to be launched."""
+        return Step(self.kernel, self.config, self.grid[0], self.threads, self.shared_memory)

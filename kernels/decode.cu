@@ -14,7 +14,7 @@
 //
 //          so that a warp always has two loads in flight, but for the moment between the two.
 // Result:  O and LSE; of a request cut into splits, partial results, which the last of its blocks
-//          to arrive merges, or combine.cu afterwards.
+//          to arrive merges.
 #include <attention/config.cuh>
 #include <attention/decode_work.cuh>
 #include <attention/dropped_mass.cuh>
@@ -420,36 +420,42 @@ DEVICE bool arrives_last(const AttentionParams& params, const Shared& shared,
                          const DecodeWork& work) {
   sync_block();  // all warps have written their rows
   if (thread_index() == 0) {
-    const int32 rows_before = work.q_start * params.group / config.rows + work.request;
-    const int32 block = rows_before + work.first_row / config.rows;
-    uint32* counter = params.arrivals + block * (params.q_heads / params.group) + work.kv_head;
-    const bool last = atomic_count(counter, work.splits - 1) == uint32(work.splits - 1);
-    shared_store(shared.counts + config.warps * 4, last ? 1.f : 0.f);
+    const int32 first = work.item - work.split * work.split_stride;
+    const uint32 last = work.splits - 1;
+    const bool arrived = atomic_count(params.arrivals + first, last) == last;
+    shared_store(shared.counts + config.warps * 4, arrived ? 1.f : 0.f);
   }
   sync_block();
   return shared_load(shared.counts + config.warps * 4) != 0.f;
 }
 
-// Merge the warps' results, and write O, or this split's part of it.
+// Merge the warps' results, and write O, or this split's part of it; the last split merges all.
 DEVICE void finish(const AttentionParams& params, const Shared& shared, const DecodeWork& work) {
   const auto place_of = [&](int32 row) {
     const int32 index = work.first_row + row;
     return QueryRow{work.request, work.q_start, index / params.group,
                     work.kv_head * params.group + index % params.group};
   };
+  const auto parts_of = [&](int32 row, int32 item) {
+    const int64 index = int64(item) * config.rows + row;
+    return GlobalParts{.out = params.partial_out + index * params.head_dim_v,
+                       .rows = static_cast<PartialRow*>(params.partial_rows) + index,
+                       .stride = int64(work.split_stride) * config.rows,
+                       .columns = params.head_dim_v};
+  };
   for (int32 row = warp_index(); row < work.rows; row += config.warps) {
     const auto merged = merge_row<config.head_dim_v>(WarpParts{shared, row}, config.warps);
     if (work.splits == 1) {
       write_row<Output>(params, place_of(row), merged);
     } else {
-      place_of(row).parts(params).store(merged, work.split);
+      parts_of(row, work.item).store(merged, 0);
     }
   }
-  if (work.splits == 1 || !params.arrivals || !arrives_last(params, shared, work)) return;
+  if (work.splits == 1 || !arrives_last(params, shared, work)) return;
+  const int32 first = work.item - work.split * work.split_stride;
   for (int32 row = warp_index(); row < work.rows; row += config.warps) {
-    const QueryRow place = place_of(row);
-    write_row<Output>(params, place,
-                      merge_row<config.head_dim_v>(place.parts(params), work.splits));
+    write_row<Output>(params, place_of(row),
+                      merge_row<config.head_dim_v>(parts_of(row, first), work.splits));
   }
 }
 
@@ -508,8 +514,9 @@ DEVICE void run(const AttentionParams& params, const Shared& shared, const Decod
 KERNEL void __launch_bounds__(config.threads(), config.blocks)
     decode(const __grid_constant__ AttentionParams params) {
   const Shared shared;
+  const int64 load = params.splitting ? total_load<config.rows>(params) : 0;
   for (int32 item = block_index();; item += params.blocks) {
-    const DecodeWork work = find_decode_work<config.rows>(params, item);
+    const DecodeWork work = find_decode_work<config.rows>(params, item, load);
     if (!work.exists) return;
     run(params, shared, work);
     sync_block();  // nobody reads shared memory any more

@@ -48,7 +48,9 @@ def offsets() -> dict[str, tuple[int, str]]:
         ("block_table_stride", "q"),
         ("threshold_strides", "2q"),
         *((name, "i") for name in _params.INTEGERS),
-        *((f"splits.{name}", "i") for name in _params.SPLITS),
+        ("splits.share", "f"),
+        ("splits.smallest", "i"),
+        ("splits.alone", "i"),
         *((name, "i") for name in _params.MORE),
         *((name, "f") for name in _params.FLOATS),
         *((name, "i") for name in _params.FLAGS),
@@ -105,8 +107,8 @@ def test_every_number_is_packed_in_its_place() -> None:
         lse_shape=(7, 24),
         tokens=91,
     )
-    geometry = DecodeGeometry(16, 32, 4, SplitRule(201, 202, 203, 204))
-    plan = Plan("fmha_sm80", FmhaConfig(), 19, (17, 1, 1), 32, 0, geometry, "")
+    geometry = DecodeGeometry(16, 32, 4, SplitRule(0.125, 202, True))
+    plan = Plan("fmha_sm80", FmhaConfig(), 19, (17, 1, 1), 32, 0, geometry, "", (1, 2, 3))
     packed = bytes(8 * len(_params.POINTERS)) + _params.pack_rest(
         problem,
         plan,
@@ -142,12 +144,12 @@ def test_every_number_is_packed_in_its_place() -> None:
         "pages": (11,),
         "causal": (1,),
         "window_left": (77,),
-        "splits.target": (201,),
+        "splits.share": (0.125,),
         "splits.smallest": (202,),
-        "splits.largest": (203,),
-        "splits.most": (204,),
+        "splits.alone": (1,),
         "tokens": (91,),
         "blocks": (17,),
+        "splitting": (1,),
         "scale": (0.5,),
         "out_scale": (0.25,),
         "soft_cap": (2.5,),

@@ -37,12 +37,3 @@ struct DecodeConfig {
 
   DEVICE constexpr int32 threads() const { return warps * 32; }
 };
-
-// Merging the splits of decode.
-struct CombineConfig {
-  Dtype output = Dtype::bfloat16;
-  int32 head_dim_v = 128;
-  int32 warps = 4;
-
-  DEVICE constexpr int32 threads() const { return warps * 32; }
-};

@@ -8,12 +8,12 @@ struct Strides {
   int64 outer, row, head;
 };
 
-// Into how many parts the keys of a request are cut (twin: SplitRule in _records.py).
+// Into how many parts the keys of a request are cut (twin: SplitRule in _records.py): into parts of
+// the load that all blocks at work have on average, or of `smallest` keys if that is more.
 struct SplitRule {
-  int32 target;    // as many as this,
-  int32 smallest;  // of at least so many keys,
-  int32 largest;   // and of at most so many,
-  int32 most;      // but never more parts than this
+  float share;     // of a block in the keys of all: kv heads / blocks at work at a time
+  int32 smallest;  // keys
+  int32 alone;     // the load is that of the request alone
 };
 
 // Of every attention kernel; what one has no use for is null or 0.
@@ -33,9 +33,9 @@ struct AttentionParams {
   float* lse;               // [batch, q_len, q_heads] or [tokens, q_heads]; may be null
   uint64* skip_counts;      // [visited, skipped, ineligible][batch][q_heads]; may be null
   float* dropped_mass;      // as lse; may be null
-  float* partial_out;       // [split][token][q_heads][head_dim_v], decode only
-  void* partial_rows;       // PartialRow [split][token][q_heads], decode only
-  uint32* arrivals;         // [blocks of rows][kv_heads], zero between calls; null: no combining
+  float* partial_out;       // [item][row][head_dim_v], decode only
+  void* partial_rows;       // PartialRow [item][row], decode only
+  uint32* arrivals;         // [item], zero between calls, decode only
   Strides q_strides, k_strides, v_strides, out_strides, lse_strides;
   int64 block_table_stride;     // from request to request
   int64 threshold_strides[2];   // request, head
@@ -47,6 +47,7 @@ struct AttentionParams {
   int32 causal, window_left;  // window_left < 0: no window
   SplitRule splits;           // decode only
   int32 tokens, blocks;       // of q in all; of the grid; decode only
+  int32 splitting;            // whether any request may be cut, decode only
   float scale, out_scale, soft_cap;
   float threshold;             // λ, or λ · kv_len, or the largest mass that a row may lose
   int32 threshold_per_length;  // λ = threshold / kv_len

@@ -84,11 +84,11 @@ DEVICE WarpRow<columns> merge_row(const Parts& parts, int32 count) {
   return merged;
 }
 
-// Rows of partial results in global memory: [part][row][columns].
+// A row's parts in global memory, `stride` rows of `columns` floats apart.
 struct GlobalParts {
-  float* out;  // part 0 of this row
+  float* out;  // part 0
   PartialRow* rows;
-  int64 stride;  // rows from part to part
+  int64 stride;
   int32 columns;
 
   DEVICE PartialRow statistics(int32 part) const { return rows[part * stride]; }

@@ -15,14 +15,6 @@ struct QueryRow {
     return (ragged ? 0 : request) * strides.outer +
            (ragged ? q_start + token : token) * strides.row + head * strides.head;
   }
-  // Its parts; `columns` of O each.
-  DEVICE GlobalParts parts(const AttentionParams& params) const {
-    const int64 row = int64(q_start + token) * params.q_heads + head;
-    return {.out = params.partial_out + row * params.head_dim_v,
-            .rows = static_cast<PartialRow*>(params.partial_rows) + row,
-            .stride = int64(params.tokens) * params.q_heads,
-            .columns = params.head_dim_v};
-  }
 };
 
 // The share of the denominator, sink included, that was left out.
