@@ -16,59 +16,37 @@
 // Result:  O and LSE; of a request cut into splits, partial results, which the last of its blocks
 //          to arrive merges.
 #include <attention/config.cuh>
+#include <attention/decode_item.cuh>
+#include <attention/decode_merge.cuh>
+#include <attention/decode_shape.cuh>
 #include <attention/decode_work.cuh>
 #include <attention/dropped_mass.cuh>
 #include <attention/kv_source.cuh>
 #include <attention/mask.cuh>
 #include <attention/online_softmax.cuh>
-#include <attention/page_walk.cuh>
-#include <attention/partial.cuh>
-#include <attention/row_result.cuh>
 #include <attention/seeded_skip.cuh>
 #include <attention/soft_cap.cuh>
-#include <ptx/atomic.cuh>
 #include <ptx/cp_async.cuh>
 #include <ptx/shared.cuh>
 #include <ptx/sync.cuh>
 #include <tile/copy.cuh>
 #include <tile/gemm.cuh>
-#include <tile/swizzle.cuh>
 
 constexpr DecodeConfig config{CUATTN_CONFIG};
 
-constexpr int32 slots = 2;
-constexpr int32 row_tiles = config.rows / 16;
-constexpr int32 key_tiles = config.block_kv / 8;
-constexpr int32 value_tiles = config.head_dim_v / 8;
-static_assert(config.rows % 16 == 0 && config.block_kv % 16 == 0);
+using Shape = DecodeShape<config>;
+using Shared = DecodeShared<config>;
+using Item = DecodeItem<config>;
+
+constexpr int32 slots = Shape::slots;
+constexpr int32 row_tiles = Shape::row_tiles;
+constexpr int32 key_tiles = Shape::key_tiles;
+constexpr int32 value_tiles = Shape::value_tiles;
 
 using Input = Element<config.element>;
-using Output = Element<config.output>;
-using QTile = SharedTile<config.rows, config.head_dim_qk>;
-using KTile = SharedTile<config.block_kv, config.head_dim_qk>;
-using VTile = SharedTile<config.block_kv, config.head_dim_v>;
-using Walk = PageWalk<config.block_kv>;
-
-constexpr int32 slot_bytes = maximum(KTile::bytes, VTile::bytes);
-constexpr int32 ring_bytes = slots * slot_bytes;
-constexpr int32 row_bytes_out = config.head_dim_v * 4;
-static_assert(config.rows * row_bytes_out <= ring_bytes, "O is merged where the ring was");
-
-struct Shared {
-  SharedAddress q, rings, rows, seeds, counts;
-
-  DEVICE Shared() {
-    SharedCarver carver;
-    q = carver.take(QTile::bytes, "q");
-    rings = carver.take(config.warps * ring_bytes, "rings");
-    rows = carver.take(config.warps * config.rows * 16, "rows");       // PartialRow
-    seeds = carver.take(config.warps * config.rows * 8, "seeds", 16);  // maximum, mass
-    counts = carver.take((config.warps + 1) * 4, "counts", 16);        // skipped; is last
-  }
-  DEVICE SharedAddress slot(int32 warp, int32 index) const {
-    return rings + warp * ring_bytes + index * slot_bytes;
-  }
-};
+using QTile = Shape::QTile;
+using KTile = Shape::KTile;
+using VTile = Shape::VTile;
 
 // What a tile leaves behind until its values are there.
 struct Pending {
@@ -84,72 +62,6 @@ struct WarpState {
   float seed[row_tiles][2], threshold[row_tiles][2];
   uint32 skipped = 0;
   float squash_factor, scale;  // see fmha_sm80.cu
-};
-
-// Rows of Q as they lie: all heads of a group, token after token.
-struct GroupRows {
-  const char* first;              // token 0, first head of the group
-  int64 row_stride, head_stride;  // bytes
-  int32 first_row, group;
-
-  DEVICE SourceRow row(int32 index) const {
-    const int32 token = (first_row + index) / group, head = (first_row + index) % group;
-    return {first + token * row_stride + head * head_stride, true};
-  }
-};
-
-// One item as a warp sees it.
-struct Item {
-  const AttentionParams& params;
-  const Shared& shared;
-  const DecodeWork work;
-  const RowVisibility visibility;
-  const Range keys;    // that some row sees
-  const Range common;  // that all rows see
-  const TileDeal deal;
-  Walk walk;
-
-  DEVICE Item(const AttentionParams& params, const Shared& shared, const DecodeWork& work)
-      : params(params),
-        shared(shared),
-        work(work),
-        visibility(work.visibility(params)),
-        keys{visibility.keys_of(0).begin, visibility.keys_of(work.rows - 1).end},
-        common{visibility.keys_of(work.rows - 1).begin, visibility.keys_of(0).end},
-        deal(keys, config.block_kv, work.split + work.splits * warp_index(),
-             work.splits * config.warps),
-        walk{.table = params.block_tables + work.request * params.block_table_stride,
-             .page_shift = params.page_shift,
-             .pages = params.pages,
-             .deal = deal,
-             .keys = keys} {}
-
-  DEVICE Range tile_keys(int32 tile) const {
-    return {tile * config.block_kv, (tile + 1) * config.block_kv};
-  }
-
-  template <typename Tile, typename Source>
-  DEVICE void request(int32 slot, const Source& source, int32 tile, int32 columns) const {
-    request_tile<warp_size>(Tile{shared.slot(warp_index(), slot)}, source, tile * config.block_kv,
-                            keys, columns);
-  }
-  DEVICE WalkedRows<config.block_kv> walked(const void* array, const Strides& strides,
-                                            int32 step) const {
-    return {.first = static_cast<const char*>(array) + work.kv_head * strides.head * 2,
-            .page_stride = strides.outer * 2,
-            .slot_stride = strides.row * 2,
-            .walk = walk,
-            .step = step};
-  }
-  DEVICE void request_keys(int32 slot, int32 step) {
-    walk.advance(step);
-    request<KTile>(slot, walked(params.k, params.k_strides, step), deal.at(step),
-                   params.head_dim_qk);
-  }
-  DEVICE void request_values(int32 slot, int32 step) const {
-    request<VTile>(slot, walked(params.v, params.v_strides, step), deal.at(step),
-                   params.head_dim_v);
-  }
 };
 
 // --- One tile.
@@ -351,111 +263,6 @@ DEVICE void stream(WarpState& state, Item& item) {
       }
       cp_async_commit();
     }
-  }
-}
-
-// Rows of the warps of a block, where their rings were.
-struct WarpParts {
-  const Shared& shared;
-  int32 row;
-
-  static DEVICE SharedAddress place(const Shared& shared, int32 warp, int32 row, int32 column) {
-    // Rows 0 to 3 of a column pair lie in different banks.
-    return shared.rings + warp * ring_bytes + row * row_bytes_out + ((column ^ (row % 4 * 8)) * 4);
-  }
-  DEVICE PartialRow statistics(int32 warp) const {
-    float values[4];
-    shared_load_4(values, shared.rows + (warp * config.rows + row) * 16);
-    return {values[0], values[1], values[2], values[3]};
-  }
-  DEVICE void load(float (&values)[4], int32 warp, int32 column) const {
-    shared_load_4(values, place(shared, warp, row, column));
-  }
-};
-
-// This warp's results for the other warps.
-DEVICE void publish(const WarpState& state, const Shared& shared) {
-  const int32 warp = warp_index();
-  sync_warp();  // nobody reads the ring any more
-#pragma unroll
-  for (int32 r = 0; r < row_tiles; ++r)
-#pragma unroll
-    for (int32 half = 0; half < 2; ++half) {
-      const int32 row = r * 16 + half * 8 + fragment_row();
-      const float sum = quad_sum(state.rows.sum[r][half]);
-      float reference = -infinity(), dropped = 0.f;
-      if constexpr (config.masses) {
-        reference = state.ledger.reference[r][half] * state.scale;
-        dropped = state.ledger.dropped[r][half];
-      }
-      if (fragment_column() == 0) {
-        shared_store_4(shared.rows + (warp * config.rows + row) * 16,
-                       {state.rows.maximum[r][half] * state.scale, sum, reference, dropped});
-      }
-#pragma unroll
-      for (int32 c = 0; c < value_tiles; ++c)
-        shared_store_2(WarpParts::place(shared, warp, row, c * 8 + fragment_column()),
-                       state.output[r][c][half * 2], state.output[r][c][half * 2 + 1]);
-    }
-  if (lane_index() == 0) shared_store(shared.counts + warp * 4, float(state.skipped));
-}
-
-// Add the block's counts to those of every head that has a row in it.
-DEVICE void report(const AttentionParams& params, const Shared& shared, const DecodeWork& work,
-                   const Range& keys) {
-  const int32 visited = TileDeal(keys, config.block_kv, work.split, work.splits).count;
-  float skipped = 0.f;
-  for (int32 warp = 0; warp < config.warps; ++warp)
-    skipped += shared_load(shared.counts + warp * 4);
-  for (int32 i = thread_index(); i < minimum(work.rows, params.group); i += config.threads()) {
-    const int32 head = work.kv_head * params.group + (work.first_row + i) % params.group;
-    const bool ineligible =
-        !config.mass_rule && skip_lambda(params, work.request, head, work.kv_len) < 0.f;
-    add_skips(params, work.request, head, visited, uint32(skipped), ineligible);
-  }
-}
-
-// Whether this block is the last of its rows' splits to arrive.
-DEVICE bool arrives_last(const AttentionParams& params, const Shared& shared,
-                         const DecodeWork& work) {
-  sync_block();  // all warps have written their rows
-  if (thread_index() == 0) {
-    const int32 first = work.item - work.split * work.split_stride;
-    const uint32 last = work.splits - 1;
-    const bool arrived = atomic_count(params.arrivals + first, last) == last;
-    shared_store(shared.counts + config.warps * 4, arrived ? 1.f : 0.f);
-  }
-  sync_block();
-  return shared_load(shared.counts + config.warps * 4) != 0.f;
-}
-
-// Merge the warps' results, and write O, or this split's part of it; the last split merges all.
-DEVICE void finish(const AttentionParams& params, const Shared& shared, const DecodeWork& work) {
-  const auto place_of = [&](int32 row) {
-    const int32 index = work.first_row + row;
-    return QueryRow{work.request, work.q_start, index / params.group,
-                    work.kv_head * params.group + index % params.group};
-  };
-  const auto parts_of = [&](int32 row, int32 item) {
-    const int64 index = int64(item) * config.rows + row;
-    return GlobalParts{.out = params.partial_out + index * params.head_dim_v,
-                       .rows = static_cast<PartialRow*>(params.partial_rows) + index,
-                       .stride = int64(work.split_stride) * config.rows,
-                       .columns = params.head_dim_v};
-  };
-  for (int32 row = warp_index(); row < work.rows; row += config.warps) {
-    const auto merged = merge_row<config.head_dim_v>(WarpParts{shared, row}, config.warps);
-    if (work.splits == 1) {
-      write_row<Output>(params, place_of(row), merged);
-    } else {
-      parts_of(row, work.item).store(merged, 0);
-    }
-  }
-  if (work.splits == 1 || !arrives_last(params, shared, work)) return;
-  const int32 first = work.item - work.split * work.split_stride;
-  for (int32 row = warp_index(); row < work.rows; row += config.warps) {
-    write_row<Output>(params, place_of(row),
-                      merge_row<config.head_dim_v>(parts_of(row, first), work.splits));
   }
 }
 
