@@ -24,7 +24,7 @@ struct Plan {
   bool one_warp_at_barrier = false, early_exit = false;
   bool divergent_shuffle = false, divergent_branch = false, not_uniform = false;
   int32 source_offset = 0, target_offset = 0, row_offset = 0, out_offset = 0;
-  bool write_input = false, endless = false, deep = false;
+  bool write_input = false, endless = false, deep = false, trap = false;
 };
 constexpr Plan plan{CUATTN_CONFIG};
 
@@ -69,6 +69,7 @@ KERNEL void exchange(const __grid_constant__ Params params) {
   cp_async_wait<0>();
   for (int32 i = 0; i < 4; ++i) params.out[thread * 4 + i + plan.out_offset] = fragment[i];
   if (plan.write_input) params.x[thread] = 1;
+  if (plan.trap) __builtin_trap();
   if (plan.deep) params.out[0] = dig(1000);
   while (plan.endless) params.out[0] = thread;
 }
@@ -187,6 +188,13 @@ FAULTS = [
         {},
     ),
     Fault("endless", ".endless = true", ("more than 1 s of processor time",), {"seconds": 1}),
+    Fault(
+        "trap",
+        ".trap = true",
+        ("the kernel stopped at a trap",),
+        {},
+        "if (plan.trap) __builtin_trap();",
+    ),
     Fault("stack-overflow", ".deep = true", ("stack of 256 KiB overflowed",), {}),
 ]
 

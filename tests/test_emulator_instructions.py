@@ -137,7 +137,7 @@ def test_named_barrier_that_nobody_arrives_at() -> None:
 
 
 def test_without_the_switch_in_assembly() -> None:
-    """Machines other than x86-64 switch threads by ucontext; in a process of its own."""
+    """Threads switched by ucontext, as on machines without a switch here; in its own process."""
     script = (
         "import conftest\nfrom cuattn.emulator import _build\n"
         "_build.CORE_OPTIONS += ('-DCUATTN_UCONTEXT',)\n"

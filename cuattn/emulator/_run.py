@@ -81,7 +81,7 @@ def run(
     schedule : {"forward", "reverse"} or int
         Order of blocks, warps and lanes; a number is the seed of a random one.
     mode : {"late", "early", "random"}
-        When asynchronous copies land: when they are waited for, at once, or either.
+        When asynchronous copies and wgmma land: when they are waited for, at once, or either.
     race : bool
         Check that every access to shared memory is ordered after the writes it depends on, that no
         shared memory is read before it was written, and all bounds to the byte.

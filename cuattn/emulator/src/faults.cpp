@@ -26,12 +26,28 @@ void* program_counter(void* context) {
 #endif
 }
 
-bool was_store([[maybe_unused]] void* context) {
-#if defined(__x86_64__)
-  return static_cast<ucontext_t*>(context)->uc_mcontext.gregs[REG_ERR] & 2;
-#else
-  return false;
+#if defined(__aarch64__)
+// The syndrome of the fault: one of the records behind the registers, 0 if Linux gave none.
+uint64_t syndrome(const mcontext_t& machine) {
+  const char* at = reinterpret_cast<const char*>(machine.__reserved);
+  for (;;) {
+    const auto* record = reinterpret_cast<const _aarch64_ctx*>(at);
+    if (record->magic == ESR_MAGIC) return reinterpret_cast<const esr_context*>(record)->esr;
+    if (record->magic == 0) return 0;
+    at += record->size;
+  }
+}
 #endif
+
+// A load or a store, as far as the machine tells.
+const char* kind_of_access([[maybe_unused]] void* context) {
+  [[maybe_unused]] const auto& machine = static_cast<ucontext_t*>(context)->uc_mcontext;
+#if defined(__x86_64__)
+  return machine.gregs[REG_ERR] & 2 ? "store" : "load";
+#elif defined(__aarch64__)
+  if (const uint64_t known = syndrome(machine)) return known >> 6 & 1 ? "store" : "load";
+#endif
+  return "access";
 }
 
 // Whether the address is code of the kernel rather than of the emulator or a library.
@@ -56,7 +72,7 @@ void on_fault(int number, siginfo_t* info, void* context) {
   if (number == SIGTRAP || number == SIGILL) fail("the kernel stopped at a trap");
   if (on_a_stack(address)) fail("a thread's stack of 256 KiB overflowed");
   if (!memory::is_global(address)) fail("access to %p, which is in no buffer", address);
-  fail("%s out of bounds or to a read-only buffer: %s", was_store(context) ? "store" : "load",
+  fail("%s out of bounds or to a read-only buffer: %s", kind_of_access(context),
        memory::describe_global(address).c_str());
 }
 
@@ -81,9 +97,7 @@ Guard::Guard() {
   struct sigaction action{};
   action.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER;
   action.sa_sigaction = on_fault;
-  sigaction(SIGSEGV, &action, &segv_);
-  sigaction(SIGBUS, &action, &bus_);
-  sigaction(SIGILL, &action, &trap_);
+  for (int i = 0; i < signals; ++i) sigaction(numbers[i], &action, &before_[i]);
   action.sa_sigaction = on_alarm;
   sigaction(SIGVTALRM, &action, &alarm_);
   const itimerval timer{{0, 100'000}, {state.launch.seconds, 0}};
@@ -93,9 +107,7 @@ Guard::Guard() {
 Guard::~Guard() {
   const itimerval off{};
   setitimer(ITIMER_VIRTUAL, &off, nullptr);
-  sigaction(SIGSEGV, &segv_, nullptr);
-  sigaction(SIGBUS, &bus_, nullptr);
-  sigaction(SIGILL, &trap_, nullptr);
+  for (int i = 0; i < signals; ++i) sigaction(numbers[i], &before_[i], nullptr);
   sigaction(SIGVTALRM, &alarm_, nullptr);
   sigaltstack(&stack_, nullptr);
 }

@@ -14,7 +14,9 @@ class Guard {
   Guard& operator=(const Guard&) = delete;
 
  private:
-  struct sigaction segv_, bus_, trap_, alarm_;
+  // A trap is SIGILL on x86-64, SIGTRAP on aarch64.
+  static constexpr int signals = 4, numbers[signals] = {SIGSEGV, SIGBUS, SIGILL, SIGTRAP};
+  struct sigaction before_[signals], alarm_;
   stack_t stack_;
 };
 

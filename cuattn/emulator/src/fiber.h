@@ -3,7 +3,7 @@
 
 #include <cstddef>
 
-#if defined(__x86_64__) && !defined(CUATTN_UCONTEXT)
+#if (defined(__x86_64__) || defined(__aarch64__)) && !defined(CUATTN_UCONTEXT)
 #define CUATTN_SWITCH_BY_HAND 1
 #else
 #include <ucontext.h>

@@ -1,21 +1,24 @@
 // What g++ -fsanitize=thread calls at every load and store of a kernel, here the emulator's own.
 //
-// Stacks are private.  Global memory is checked to the byte; shared memory, where a kernel reaches
-// it by pointer, also for order.  Anything else is the kernel's constants and parameters.
+// Stacks are private and only accumulators in flight are of interest there.  Global memory is
+// checked to the byte; shared memory, where a kernel reaches it by pointer, also for order.
+// Anything else is the kernel's constants and parameters.
 #include <cstddef>
 
 #include "block.h"
 #include "memory.h"
 #include "race.h"
+#include "wgmma.h"
 
 namespace emulator {
 
 namespace {
 
 void check(void* pointer, size_t bytes, bool write, const void* place) {
-  if (!in_a_kernel() || on_a_stack(pointer)) return;
+  if (!in_a_kernel()) return;
   Thread& thread = self();
   thread.place = place;
+  if (on_a_stack(pointer)) return wgmmas::check_access(thread, pointer, write);
   if (memory::is_global(pointer)) return memory::check_global(pointer, bytes, write);
   if (!memory::is_shared(pointer)) return;
   const Word address = memory::shared_address(pointer);

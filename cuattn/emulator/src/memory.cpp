@@ -2,6 +2,7 @@
 #include "memory.h"
 
 #include <sys/mman.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <cstring>
@@ -16,7 +17,8 @@ namespace {
 // --- Global memory.  A buffer ends where its last page ends, so that whatever lies behind it is
 // out of bounds for the processor too; gaps are large enough for a stray row.
 
-constexpr size_t arena_bytes = size_t{1} << 36, gap = 64 << 10, page = 4096;
+constexpr size_t arena_bytes = size_t{1} << 36, gap = 64 << 10;
+const auto page = static_cast<size_t>(sysconf(_SC_PAGESIZE));  // 4, 16 or 64 KiB: divides the gap
 
 struct Buffer {
   std::string name;

@@ -1,9 +1,9 @@
 // See wgmma.h.
 //
-// At issue the accumulators are put aside and their registers filled with a pattern; at the wait,
-// when the warp-group's 128 threads are there, operands are read, products computed and the
-// registers given back.  So touching accumulators in flight, and reusing operands too early, come
-// to light.
+// At issue the accumulators are put aside and their registers filled with a pattern.  A product is
+// computed, and the registers given back, when the last of the warp-group's 128 threads has issued
+// it (early), at the wait (late), or at either (random).  Until the wait the registers must stay as
+// they are.  So touching accumulators in flight, and reusing operands too early, come to light.
 #include "wgmma.h"
 
 #include <algorithm>
@@ -31,11 +31,13 @@ struct Product {
 struct Accumulator {
   float* registers;
   std::vector<float> values;
-  int products;
+  int products;    // not waited for
+  int uncomputed;  // of them; while there are any, the registers hold the pattern
 };
 
 struct Issued {
-  std::vector<Product> products;
+  std::vector<Product> products;  // not waited for
+  size_t computed = 0;            // of them, from the front
   std::vector<Accumulator> accumulators;
   uint32_t open_group = 1;
   bool fenced = false;
@@ -133,6 +135,25 @@ Place held(int t, int i) {
   return {t / lanes * 16 + t % lanes / 4 + i / 2 % 2 * 8, i / 4 * 8 + t % 4 * 2 + i % 2};
 }
 
+void check_untouched(const Accumulator& one) {
+  for (size_t i = 0; i < one.values.size(); ++i) {
+    const void* expected = one.uncomputed ? static_cast<const void*>(&in_flight) : &one.values[i];
+    if (memcmp(one.registers + i, expected, 4) != 0)
+      fail("accumulator register %zu was written while a wgmma is in flight", i);
+  }
+}
+
+// The accumulators of a product that is issued leave the kernel's hands.
+void take(Issued& thread, const WarpGroupMultiply& what) {
+  auto& all = thread.accumulators;
+  auto one = std::find_if(all.begin(), all.end(), [&](auto& a) { return a.registers == what.d; });
+  if (one == all.end()) one = all.insert(one, {what.d, {what.d, what.d + what.columns / 2}, 0, 0});
+  check_untouched(*one);
+  ++one->products;
+  if (one->uncomputed++ > 0) return;
+  for (int i = 0; i < what.columns / 2; ++i) memcpy(what.d + i, &in_flight, 4);
+}
+
 Accumulator& accumulator(Issued& thread, const float* registers) {
   for (Accumulator& one : thread.accumulators)
     if (one.registers == registers) return one;
@@ -165,34 +186,38 @@ void compute(Issued* group, size_t number) {
     for (int k = 0; k < depth; ++k)
       for (int n = 0; n < what.columns; ++n) d_matrix[m][n] += a_matrix[m][k] * b_by_depth[k][n];
   for (int t = 0; t < group_threads; ++t) {
-    auto& values = accumulator(group[t], group[t].products[number].what.d).values;
+    Accumulator& own = accumulator(group[t], group[t].products[number].what.d);
+    check_untouched(own);
     for (int i = 0; i < what.columns / 2; ++i)
-      values[i] = d_matrix[held(t, i).row][held(t, i).column];
+      own.values[i] = d_matrix[held(t, i).row][held(t, i).column];
+    if (--own.uncomputed == 0) memcpy(own.registers, own.values.data(), own.values.size() * 4);
   }
 }
 
-void check_untouched(const Accumulator& one) {
-  for (size_t i = 0; i < one.values.size(); ++i) {
-    uint32_t bits;
-    memcpy(&bits, one.registers + i, 4);
-    if (bits != in_flight)
-      fail("accumulator register %zu was written while a wgmma is in flight", i);
-  }
+// Compute what is not yet computed of a warp-group's first `count` products.
+void land(Issued* group, size_t count) {
+  for (size_t number = group[0].computed; number < count; ++number) compute(group, number);
+  for (int t = 0; t < group_threads; ++t) group[t].computed = std::max(group[t].computed, count);
 }
 
-// Products of groups up to `done` are over; accumulators without any left go back to registers.
-void finish(Issued& thread, int64_t done) {
+bool issued_by_all(const Issued* group, size_t count) {
+  return std::all_of(group, group + group_threads,
+                     [&](const Issued& thread) { return thread.products.size() >= count; });
+}
+
+size_t issued_up_to(int64_t last_group, const Issued& thread) {
   size_t count = 0;
-  for (; count < thread.products.size() && thread.products[count].group <= done; ++count)
-    --accumulator(thread, thread.products[count].what.d).products;
+  while (count < thread.products.size() && thread.products[count].group <= last_group) ++count;
+  return count;
+}
+
+// The first `count` products, computed by now, are over.
+void finish(Issued& thread, size_t count) {
+  for (size_t i = 0; i < count; ++i) --accumulator(thread, thread.products[i].what.d).products;
   thread.products.erase(thread.products.begin(), thread.products.begin() + long(count));
-  auto& all = thread.accumulators;
-  for (const Accumulator& one : all) {
-    check_untouched(one);
-    if (one.products == 0) memcpy(one.registers, one.values.data(), one.values.size() * 4);
-  }
-  all.erase(std::remove_if(all.begin(), all.end(), [](auto& one) { return one.products == 0; }),
-            all.end());
+  thread.computed -= count;
+  for (const Accumulator& one : thread.accumulators) check_untouched(one);
+  std::erase_if(thread.accumulators, [](auto& one) { return one.products == 0; });
 }
 
 // Lane 0 for its warp, at issue: 16 rows of A, all of B.
@@ -222,19 +247,14 @@ void wgmma(const WarpGroupMultiply& what) {
   if (state.launch.threads % group_threads) fail("wgmma in a block that is not all warp-groups");
   if (!own.fenced) fail("wgmma without a wgmma.fence since the last wait");
   if (what.columns % 8 || what.columns > max_columns) fail("wgmma of %d columns", what.columns);
-  const auto known = std::find_if(own.accumulators.begin(), own.accumulators.end(),
-                                  [&](auto& one) { return one.registers == what.d; });
-  if (known == own.accumulators.end()) {
-    own.accumulators.push_back({what.d, {what.d, what.d + what.columns / 2}, 1});
-    for (int i = 0; i < what.columns / 2; ++i) memcpy(what.d + i, &in_flight, 4);
-  } else {
-    check_untouched(*known);
-    ++known->products;
-  }
+  take(own, what);
   Product product{what, {}, own.open_group, thread.place};
   if (what.a) memcpy(product.a, what.a, sizeof product.a);
   own.products.push_back(product);
   if (thread.lane == 0) note_reads(thread, product);
+  const size_t count = own.products.size();
+  Issued* group = &issued[thread.thread / group_threads * group_threads];
+  if (issued_by_all(group, count) && lands_at_once()) land(group, count);
 }
 
 void wgmma_fence() {
@@ -261,14 +281,13 @@ void wgmma_wait(int pending) {
   if (++gathering.arrived < group_threads) return wait("the warp-group in wgmma.wait_group");
   gathering.arrived = 0;
   Issued* group = &issued[number * group_threads];
-  for (size_t i = 0; i < own.products.size() && own.products[i].group <= done; ++i) {
-    for (int t = 0; t < group_threads; ++t) {
-      if (group[t].products.size() <= i || group[t].products[i].group != own.products[i].group)
-        fail("threads of a warp-group issued different numbers of wgmmas");
-    }
-    compute(group, i);
+  const size_t count = issued_up_to(done, own);
+  for (int t = 0; t < group_threads; ++t) {
+    if (issued_up_to(done, group[t]) != count)
+      fail("threads of a warp-group issued different numbers of wgmmas");
   }
-  for (int t = 0; t < group_threads; ++t) finish(group[t], done);
+  land(group, count);
+  for (int t = 0; t < group_threads; ++t) finish(group[t], count);
   for (int w = 0; w < 4; ++w) wake(number * 4 + w, ~0u);
 }
 
@@ -277,6 +296,16 @@ namespace wgmmas {
 void begin_block() {
   issued.assign(state.threads.size(), {});
   gatherings.assign(state.threads.size() / group_threads + 1, {});
+}
+
+void check_access(const Thread& thread, const void* pointer, bool write) {
+  const char* at = static_cast<const char*>(pointer);
+  for (const Accumulator& one : issued[thread.thread].accumulators) {
+    const auto distance = at - reinterpret_cast<const char*>(one.registers);
+    if (distance >= 0 && size_t(distance) < one.values.size() * 4)
+      fail("accumulator register %zu was %s while a wgmma is in flight", size_t(distance) / 4,
+           write ? "written" : "read");
+  }
 }
 
 void check_drained() {
