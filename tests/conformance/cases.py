@@ -6,10 +6,16 @@ import re
 
 from cuattn import _sources
 
-from . import copies, hopper, products, warps
+from . import copies, exchange, hopper, products, warps
 from .case import Case
 
-ALL: tuple[Case, ...] = (*warps.CASES, *copies.CASES, *products.CASES, *hopper.CASES)
+ALL: tuple[Case, ...] = (
+    *warps.CASES,
+    *exchange.CASES,
+    *copies.CASES,
+    *products.CASES,
+    *hopper.CASES,
+)
 FAMILIES = tuple(dict.fromkeys(case.family for case in ALL))
 assert len({str(case) for case in ALL}) == len(ALL), "two cases have one name"
 
