@@ -107,7 +107,7 @@ def _tile(
 
 # --- decode ---------------------------------------------------------------------------------------
 
-SLOT_BYTES = 8192  # of keys or values, the aim; two a warp are in flight
+SLOT_BYTES = 12_288  # of keys or values, at most; two a warp are in flight
 WAVES = 4  # blocks in line for every place on a multiprocessor; more items than that share blocks
 MANY_ITEMS = 6  # to a multiprocessor
 SMALLEST_SPLIT = 256  # keys
@@ -165,7 +165,9 @@ def _decode_rows(problem: Problem, group: int) -> int:
     tokens = problem.q_len
     if problem.form == "decode_ragged":
         tokens = -(-problem.tokens // max(problem.batch, 1))
-    return 32 if tokens * group > 16 and round_up(problem.head_dim_v) <= 128 else 16
+    dims = round_up(problem.head_dim_qk), round_up(problem.head_dim_v)
+    # More would not fit the registers; at 96 ptxas spills, though not at 128.
+    return 32 if tokens * group > 16 and max(dims) <= 128 and max(dims) != 96 else 16
 
 
 def _decode_config(problem: Problem, device: Device, rows: int, items: int) -> DecodeConfig:
@@ -200,11 +202,13 @@ def decode_tile(
     row_bytes = max(head_dim_qk, head_dim_v, CHUNK) * 2
     # Two row tiles of scores and of waiting probabilities leave registers for 32 keys only.
     keys = min(64 if rows == 16 else 32, 1 << (SLOT_BYTES // row_bytes).bit_length() - 1)
+    if row_bytes > 256 and shared_memory < SHARED_MEMORY["sm_80"]:
+        keys = 16
     config = DecodeConfig(
         head_dim_qk=head_dim_qk,
         head_dim_v=head_dim_v,
         rows=rows,
-        block_kv=max(keys, 16),
+        block_kv=keys,
         warps=warps,
     )
     while config.shared_memory > shared_memory:
