@@ -6,7 +6,10 @@ this package imports neither CuPy nor any framework.  `cuattn.emulator` runs the
 
 from typing import Any
 
+from ._validate import validate
+from .append import append_kv
 from .decode import decode
+from .merge import merge_states
 from .prefill import prefill, prefill_paged, prefill_ragged
 from .skip_softmax import SkipSoftmax, SkipStats
 
@@ -16,10 +19,13 @@ __all__ = [
     "SkipSoftmax",
     "SkipStats",
     "__version__",
+    "append_kv",
     "decode",
+    "merge_states",
     "prefill",
     "prefill_paged",
     "prefill_ragged",
+    "validate",
 ]
 
 

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 
-from . import _compile, _device, _heuristics
+from . import _compile, _device, _heuristics, _tool_params
 
 ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120")
 DEFAULT_ARCH = "sm_90a"  # where no GPU says otherwise
@@ -58,10 +58,10 @@ class Outcome:
         """The outcome in one line, the configuration last because it is the longest."""
         job = self.job
         if self.error:
-            return f"{job.arch:<7} {job.kernel:<10} FAILED  {job.label}"
+            return f"{job.arch:<7} {job.kernel:<12} FAILED  {job.label}"
         when = f"{self.seconds:5.2f} s" if self.fresh else " cached"
         return (
-            f"{job.arch:<7} {job.kernel:<10} {self.registers:4} registers "
+            f"{job.arch:<7} {job.kernel:<12} {self.registers:4} registers "
             f"{self.spills:5} B spilled {when}  {job.label}"
         )
 
@@ -79,7 +79,10 @@ def shipped(archs: Sequence[str]) -> list[Job]:
     jobs = (
         Job(kernel, config.define(), arch)
         for arch in archs
-        for kernel, config in _heuristics.shipped_configs(arch)
+        for kernel, config in (
+            *_heuristics.shipped_configs(arch),
+            *_tool_params.shipped_configs(),
+        )
     )
     return list(dict.fromkeys(jobs))
 

@@ -95,6 +95,34 @@ def _nothing(places: tuple[int, ...], stream: int) -> None:
 # --- streams --------------------------------------------------------------------------------------
 
 
+def send(
+    launches: Sequence[tuple[Launch, tuple[int, ...]]], views: Sequence[View], stream: int | None
+) -> None:
+    """Launch kernels, each with its pointers, in the right order with all who use `views`."""
+    import cupy
+
+    current = cupy.cuda.get_current_stream().ptr
+    if stream is None and _simple(views, current):
+        for launch, places in launches:
+            launch(places, current)
+        return
+    order = Order(stream, current, views)
+    order.before()
+    for launch, places in launches:
+        launch(places, order.stream)
+    order.after()
+    hold(views, order.stream)
+
+
+def _simple(views: Sequence[View], current: int) -> bool:
+    """Say whether CuPy's current stream is that of every producer, and no memory needs a guard."""
+    for view in views:
+        producer = view[5]
+        if view[6] or (producer is not None and producer != current):
+            return False
+    return True
+
+
 class Order:
     """Who waits for whom around one launch.
 
@@ -110,12 +138,12 @@ class Order:
         producers = {view.stream for view in views if view.stream is not None}
         if given is not None:
             self.stream = given
-        elif producers and not (current and _capturing(current)):
+        elif producers and not (current and capturing(current)):
             self.stream = min(producers)
         else:
             self.stream = current
         self._others = (producers | {current}) - {self.stream}
-        if self._others and self.stream and _capturing(self.stream):
+        if self._others and self.stream and capturing(self.stream):
             self._others = set()
 
     def before(self) -> None:
@@ -129,7 +157,8 @@ class Order:
             _wait(other, self.stream)
 
 
-def _capturing(stream: int) -> bool:
+def capturing(stream: int) -> bool:
+    """Say whether a stream is being captured in a graph; the null stream cannot be asked."""
     from cupy.cuda import runtime
 
     return bool(runtime.streamIsCapturing(stream))
@@ -151,7 +180,7 @@ _held: deque[tuple[Any, list[Any]]] = deque()  # (event after the launch, owners
 def hold(views: Iterable[View], stream: int) -> None:
     """Keep the owners of guarded views until the launch on `stream` is done."""
     owners = [view.owner for view in views if view.guarded]
-    if not owners or (stream and _capturing(stream)):
+    if not owners or (stream and capturing(stream)):
         return
     from cupy.cuda import Event, runtime
 

@@ -56,6 +56,11 @@ def overlap(a: View, b: View) -> bool:
     return _reaches(terms, 1 - run_a - distance, run_b - 1 - distance)
 
 
+def reach(view: View) -> int:
+    """Return how many bytes from its pointer on a view spans; its strides are not below 0."""
+    return _extent(view[1], view[2], view[3])[1]
+
+
 def _span(view: View) -> tuple[int, int]:
     """Return the addresses [low, high) that a view lies between."""
     low, high = _extent(view[1], view[2], view[3])

@@ -43,8 +43,11 @@ def compile_for_gcov(folder: Path) -> None:
 
 
 def run_cases(folder: Path) -> None:
-    """Run the cases of `test_emulator_prefill.py` that between them reach every branch."""
+    """Run the race cases, which between them reach every branch."""
+    import test_append_kv
     import test_emulator_prefill as tests
+    import test_merge_states
+    import test_validate
 
     import cuattn
     from cuattn import emulator
@@ -57,6 +60,8 @@ def run_cases(folder: Path) -> None:
         with emulator.enabled():
             function = getattr(cuattn, call.function)
             function(*call.arrays, **call.options, skip_softmax=skip, return_lse=True)
+    for module in (test_append_kv, test_merge_states, test_validate):
+        module.run_races()
 
 
 def executed(folder: Path) -> dict[str, dict[int, int]]:

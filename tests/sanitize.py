@@ -59,6 +59,27 @@ def paged() -> None:
     check("paged", out, reference.prefill_paged(*arrays, causal=True).out)
 
 
+def tools() -> None:
+    """append_kv with tokens to drop, merge_states in two rounds, validate with an offender."""
+    cache, new = to_device(random(12, 2, 2, 16, 128)), to_device(random(49, 2, 128))
+    tables = cupy.array([[7, 3, 11, 0, 2], [5, 1, -1, 99, 4]], "i4")
+    lengths, ends = cupy.array([77, 42], "i4"), cupy.array([0, 40, 47], "i4")
+    cuattn.append_kv(cache, new, new, tables, lengths, ends)
+    last = cache.view(np.uint16)[2, 0, :, 12]  # where token 39 goes: position 76 of request 0
+    assert bool((last == new.view(np.uint16)[39]).all())
+    outs, lses = random(35, 9, 2, 72), rng.standard_normal((35, 9, 2)).astype(np.float32)
+    lses[3] = -np.inf
+    out, _ = cuattn.merge_states(to_device(outs), cupy.asarray(lses))
+    weights = np.exp(lses) / np.exp(lses).sum(0)
+    check("merged", out, (weights[..., None] * outs.astype(np.float64)).sum(0))
+    try:
+        cuattn.validate(cache, tables, lengths, cu_seqlens_new=ends)
+    except ValueError as error:
+        print(f"validate: {error}")
+    else:
+        raise AssertionError("validate found nothing wrong")
+
+
 def skipping() -> None:
     stats = cuattn.SkipStats()
     q, k, v = random(1, 300, 2, 128), random(1, 300, 2, 128), random(1, 300, 2, 128)
@@ -79,3 +100,4 @@ if __name__ == "__main__":
     ragged()
     paged()
     skipping()
+    tools()

@@ -22,6 +22,7 @@ def one_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Ship one configuration and return an empty cache."""
     shipped = _cli_compile._heuristics.shipped_configs("sm_90a")[:1]
     monkeypatch.setattr(_cli_compile._heuristics, "shipped_configs", lambda arch: shipped)
+    monkeypatch.setattr(_cli_compile._tool_params, "shipped_configs", list)
     monkeypatch.setenv("CUATTN_CACHE_DIR", str(tmp_path / "cache"))
     return tmp_path / "cache"
 

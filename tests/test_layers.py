@@ -25,17 +25,19 @@ CUDA_FLOORS = ("core", "ptx", "tile", "attention", ".")  # "." holds the kernels
 PYTHON_FLOORS = (
     ("_records", "_dtypes"),
     ("_sources", "_config", "_device", "_overlap", "_host"),
-    ("_compile", "_params", "_replay", "_check_arrays"),
+    ("_compile", "_params", "_tool_params", "_replay", "_check_arrays"),
     ("_ingest", "_check", "_heuristics", "_launch", "reference", "_workspace"),
-    ("skip_softmax", "_workloads"),
+    ("skip_softmax", "_workloads", "_check_tools"),
     ("emulator._build", "emulator._tensor_map"),
     ("emulator._memory", "emulator._report"),
     ("emulator._run",),
     ("emulator._settings",),
     ("emulator._launch",),
     ("emulator",),
+    ("_tools",),
+    ("_validate",),
     ("_call",),
-    ("prefill", "decode"),
+    ("prefill", "decode", "append", "merge"),
     ("__init__",),
     ("_demo", "_cli_compile"),
     ("_cli_info",),
@@ -49,6 +51,8 @@ NUMPY_ONLY = (
     "_heuristics",
     "_config",
     "_params",
+    "_tool_params",
+    "_check_tools",
     "_overlap",
     "_replay",
     "_dtypes",
@@ -58,7 +62,8 @@ NUMPY_ONLY = (
 # Modules that may import CuPy, and only inside their functions.
 CUPY_INSIDE = (
     *("_ingest", "_device", "_compile", "_launch"),
-    *("_call", "skip_softmax", "_workspace"),  # to allocate results and counters
+    # To allocate results, counters and room for partial results.
+    *("_call", "skip_softmax", "_workspace", "_tools", "_validate", "merge"),
     *("_demo", "_workloads", "_cli_check", "_cli_info"),
 )
 FRAMEWORKS_INSIDE = ("_demo",)
