@@ -14,7 +14,17 @@ from typing import Any, NamedTuple
 import numpy as np
 from ml_dtypes import bfloat16
 
-from . import _check, _device, _heuristics, _ingest, _launch, _overlap, _params, _workspace
+from . import (
+    _check,
+    _device,
+    _heuristics,
+    _ingest,
+    _launch,
+    _overlap,
+    _params,
+    _validate,
+    _workspace,
+)
 from ._records import Device, Plan, Problem, SkipMode, View
 from .skip_softmax import SkipSoftmax
 
@@ -184,6 +194,8 @@ def attend(
         if len(_prepared) >= _PREPARED_LIMIT:
             _prepared.clear()
         _prepared[key] = prepared
+    if _validate.checking:
+        _validate.check_call(form.arrays, views, layout, stream)
     launch, out_shape, dtype, lse_shape, batch, q_heads, partials = prepared
 
     if out_at or lse_at:
@@ -214,7 +226,7 @@ def attend(
         lost_at,
     )
     current = cupy.cuda.get_current_stream().ptr
-    if stream is None and not more and _simple(views, current):
+    if stream is None and not more and _launch.simple(views, current):
         launch((*places, *_room(partials, q.device, current)), current)
     else:
         every = [*views, *[view for view in optional if view]]
@@ -252,6 +264,8 @@ def _emulate(
     optional, skip_key = _optional(form, given, None, views[0]), _skip_key(keywords.skip)
     asked = _Asked(form, views, layout, optional, keywords, skip_key, return_lse)
     problem, plan, rest = _planned(asked, settings.device)
+    if _validate.checking:
+        _validate.check_call(form.arrays, views, layout, None)
     named: dict[str, View | None] = dict(zip(form.arrays, views, strict=False))
     named |= dict(zip(_Optional._fields[:4], optional[:4], strict=True))
     _overlap.check_overlap({"out": optional.out, "lse": optional.lse}, named)
@@ -279,15 +293,6 @@ def _emulate(
     if return_lse:
         lse = results["lse"] if keywords.lse is None else keywords.lse
     return _results(out, lse, results.get("dropped_mass"))
-
-
-def _simple(views: tuple[View, ...], current: int) -> bool:
-    """Say whether CuPy's current stream is that of every producer, and no memory needs a guard."""
-    for view in views:
-        stream = view[5]
-        if view[6] or (stream is not None and stream != current):
-            return False
-    return True
 
 
 def _optional(form: Form, given: tuple[Any, ...], stream: int | None, q: View) -> _Optional:

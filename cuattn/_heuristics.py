@@ -13,6 +13,7 @@ from ._records import DecodeGeometry, Device, Geometry, Plan, Problem, SplitRule
 
 # Head dimensions that kernels are compiled for; others are rounded up and the rest is zeros.
 HEAD_DIMS = (32, 64, 96, 128, 192, 256)
+ELEMENTS = ("bfloat16", "float16")
 SHIPPED_HEAD_DIMS = (*((dim, dim) for dim in HEAD_DIMS), (192, 128))
 
 # Bytes of shared memory one block may use, by NVRTC target: `Device.shared_memory` there.
@@ -109,6 +110,8 @@ def _tile(
 
 SLOT_BYTES = 12_288  # of keys or values, at most; two a warp are in flight
 WAVES = 4  # blocks in line for every place on a multiprocessor; more items than that share blocks
+WARPS = 8  # of a block, and of one of two to a multiprocessor:
+SMALL_WARPS = 4
 MANY_ITEMS = 6  # to a multiprocessor
 SMALLEST_SPLIT = 256  # keys
 SMALLEST_INVARIANT_SPLIT = 2048
@@ -179,7 +182,7 @@ def _decode_config(problem: Problem, device: Device, rows: int, items: int) -> D
         round_up(problem.head_dim_qk),
         round_up(problem.head_dim_v),
         rows,
-        4 if many else 8,
+        SMALL_WARPS if many else WARPS,
         device.shared_memory,
     )
     skip = problem.skip
@@ -214,29 +217,40 @@ def decode_tile(
     while config.shared_memory > shared_memory:
         config = replace(config, warps=config.warps // 2)
     fitting = (shared_memory + RESERVED) // (config.shared_memory + RESERVED)
-    return replace(config, blocks=min(fitting, 8 // config.warps))
+    return replace(config, blocks=min(fitting, WARPS // config.warps))
 
 
-def shipped_configs(arch: str) -> list[tuple[str, FmhaConfig]]:
+def shipped_configs(arch: str) -> list[tuple[str, FmhaConfig | DecodeConfig]]:
     """Return the configurations that `python -m cuattn compile` makes for one target.
 
-    Unequal head dimensions other than 192/128, and outputs of another dtype than the inputs, are
-    compiled at first use.
+    Compiled at first use: unequal head dimensions other than 192/128, outputs of another dtype than
+    the inputs; of decode, more than 16 rows, many short items, a soft cap with skipping, and the
+    certificate of a threshold.
     """
     shared_memory = SHARED_MEMORY[arch]
-    return [
-        (
-            "fmha_sm80",
-            replace(
-                _tile(qk, v, soft_cap, arch, shared_memory)[0],
-                element=element,
-                output=element,
-                paged=paged,
-                soft_cap=soft_cap,
-                skip_softmax=skip,
-            ),
+    prefill = [
+        replace(
+            _tile(qk, v, soft_cap, arch, shared_memory)[0],
+            element=element,
+            output=element,
+            paged=paged,
+            soft_cap=soft_cap,
+            skip_softmax=skip,
         )
         for (qk, v), element, paged, soft_cap, skip in product(
-            SHIPPED_HEAD_DIMS, ("bfloat16", "float16"), (False, True), (False, True), (False, True)
+            SHIPPED_HEAD_DIMS, ELEMENTS, (False, True), (False, True), (False, True)
         )
     ]
+    dense: dict[str, bool] = {}
+    mass_rule = {"skip_softmax": True, "masses": True, "mass_rule": True}
+    decode = [
+        replace(
+            decode_tile(qk, v, 16, WARPS, shared_memory), element=element, output=element, **kind
+        )
+        for (qk, v), element, kind in product(
+            SHIPPED_HEAD_DIMS,
+            ELEMENTS,
+            (dense, {"soft_cap": True}, {"skip_softmax": True}, mass_rule),
+        )
+    ]
+    return [*(("fmha_sm80", config) for config in prefill), *(("decode", c) for c in decode)]

@@ -102,7 +102,7 @@ def send(
     import cupy
 
     current = cupy.cuda.get_current_stream().ptr
-    if stream is None and _simple(views, current):
+    if stream is None and simple(views, current):
         for launch, places in launches:
             launch(places, current)
         return
@@ -114,7 +114,7 @@ def send(
     hold(views, order.stream)
 
 
-def _simple(views: Sequence[View], current: int) -> bool:
+def simple(views: Sequence[View], current: int) -> bool:
     """Say whether CuPy's current stream is that of every producer, and no memory needs a guard."""
     for view in views:
         producer = view[5]
