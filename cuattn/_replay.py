@@ -16,6 +16,44 @@ from cuattn._records import Geometry
 
 Array = NDArray[Any]
 
+ARITHMETICS = ("float64", "float32-plain")
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What attention gives, and what skipping did.
+
+    Shapes are those of one request, of `attention`.  The wrappers put a request axis in front of
+    the counts and their own token axes in place of `q_len`; they join `statistics` over requests.
+
+    Attributes
+    ----------
+    out : ndarray, ``[q_len, heads, head_dim_v]``
+        float64, or the output dtype with ``arithmetic="float32-plain"``.
+    lse : ndarray, ``[q_len, heads]``
+        Natural log of the sum over kept keys, the sink included; -inf for a row that sees no key.
+    visited, skipped, ineligible : ndarray of int64, ``[heads]``
+        Votes held, votes that skipped their tile, votes that ran without skipping because the
+        threshold was outside [0, 1). Zero when no geometry is given.
+    dropped_mass : ndarray of float64, ``[q_len, heads]``
+        Share of the full softmax denominator that lies in skipped tiles.
+    margin : float
+        Distance of the closest vote from turning out the other way, in natural-log units; inf when
+        there was none. Counts can be compared exactly while float32 scores are closer than this.
+    statistics : ndarray of float64, ``[votes, heads]``
+        Per vote the largest ``tile_max - running_max`` of its rows; inf on a first tile. For
+        thresholds up to 1 they do not depend on the threshold.
+    """
+
+    out: Array
+    lse: Array
+    visited: Array
+    skipped: Array
+    ineligible: Array
+    dropped_mass: Array
+    margin: float
+    statistics: Array
+
 
 @dataclass(frozen=True, slots=True)
 class Votes:
@@ -36,6 +74,18 @@ class Options:
     out_scale: float
     soft_cap: float
     sinks: Array | None  # [head] float64
+
+
+def options_of(
+    head_dim: int, scale: Any, out_scale: Any, soft_cap: float, sinks: Array | None
+) -> Options:
+    """The numbers of a call, with their defaults."""
+    return Options(
+        scale=head_dim**-0.5 if scale is None else float(np.asarray(scale).item()),
+        out_scale=1.0 if out_scale is None else float(np.asarray(out_scale).item()),
+        soft_cap=float(soft_cap),
+        sinks=None if sinks is None else np.asarray(sinks).astype(np.float64),
+    )
 
 
 def dtype_of(name: Any) -> np.dtype[Any]:
@@ -229,3 +279,20 @@ def gather_pages(
         return np.where(exists[:, None, None], rows, rows.dtype.type(0))
 
     return gathered(k), gathered(v), cu_kv
+
+
+def join(results: list[Result], heads: int, **places: Array) -> Result:
+    """One result of many requests: token fields as already placed, counts stacked."""
+    none = np.zeros((0, heads), np.int64)
+
+    def stacked(name: str) -> Array:
+        return np.stack([getattr(r, name) for r in results]) if results else none
+
+    return Result(
+        **places,
+        visited=stacked("visited"),
+        skipped=stacked("skipped"),
+        ineligible=stacked("ineligible"),
+        margin=min((r.margin for r in results), default=np.inf),
+        statistics=np.concatenate([np.zeros((0, heads)), *(r.statistics for r in results)]),
+    )

@@ -11,7 +11,7 @@ and every step is the plain formula over [head, row, key].
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -20,58 +20,25 @@ from numpy.typing import NDArray
 
 from cuattn._records import Geometry
 from cuattn._replay import (
-    Options,
+    ARITHMETICS,
+    Result,
     dropped_share,
     dtype_of,
     gather_pages,
+    join,
     log_thresholds,
+    options_of,
     score,
     thresholds_of,
     visible_keys,
     vote,
     weigh,
 )
+from cuattn.reference_decode import decode as decode
 
 Array = NDArray[Any]
 
-ARITHMETICS = ("float64", "float32-plain")
 ROWS_AT_ONCE = 128  # when no geometry says otherwise; bounds memory only
-
-
-@dataclass(frozen=True, slots=True)
-class Result:
-    """What attention gives, and what skipping did.
-
-    Shapes are those of one request, of `attention`.  The wrappers put a request axis in front of
-    the counts and their own token axes in place of `q_len`; they join `statistics` over requests.
-
-    Attributes
-    ----------
-    out : ndarray, ``[q_len, heads, head_dim_v]``
-        float64, or the output dtype with ``arithmetic="float32-plain"``.
-    lse : ndarray, ``[q_len, heads]``
-        Natural log of the sum over kept keys, the sink included; -inf for a row that sees no key.
-    visited, skipped, ineligible : ndarray of int64, ``[heads]``
-        Votes held, votes that skipped their tile, votes that ran without skipping because the
-        threshold was outside [0, 1). Zero when no geometry is given.
-    dropped_mass : ndarray of float64, ``[q_len, heads]``
-        Share of the full softmax denominator that lies in skipped tiles.
-    margin : float
-        Distance of the closest vote from turning out the other way, in natural-log units; inf when
-        there was none. Counts can be compared exactly while float32 scores are closer than this.
-    statistics : ndarray of float64, ``[votes, heads]``
-        Per vote the largest ``tile_max - running_max`` of its rows; inf on a first tile. For
-        thresholds up to 1 they do not depend on the threshold.
-    """
-
-    out: Array
-    lse: Array
-    visited: Array
-    skipped: Array
-    ineligible: Array
-    dropped_mass: Array
-    margin: float
-    statistics: Array
 
 
 def attention(
@@ -133,12 +100,7 @@ def attention(
         raise ValueError(f"geometry has the order {geometry.order!r}, which is not known here")
     q_len, heads, head_dim = q.shape
     kv_len, kv_heads = k.shape[:2]
-    options = Options(
-        scale=head_dim**-0.5 if scale is None else float(np.asarray(scale).item()),
-        out_scale=1.0 if out_scale is None else float(np.asarray(out_scale).item()),
-        soft_cap=float(soft_cap),
-        sinks=None if sinks is None else np.asarray(sinks).astype(np.float64),
-    )
+    options = options_of(head_dim, scale, out_scale, soft_cap, sinks)
     plain = arithmetic == "float32-plain"
     inner = np.dtype(np.float32 if plain else np.float64)
     out_type = (dtype_of(out_dtype) if out_dtype is not None else q.dtype) if plain else inner
@@ -207,23 +169,6 @@ def _requests(
         )
         for i, (q, k, v) in enumerate(requests)
     ]
-
-
-def _join(results: list[Result], heads: int, **places: Array) -> Result:
-    """One result of many requests: token fields as already placed, counts stacked."""
-    none = np.zeros((0, heads), np.int64)
-
-    def stacked(name: str) -> Array:
-        return np.stack([getattr(r, name) for r in results]) if results else none
-
-    return Result(
-        **places,
-        visited=stacked("visited"),
-        skipped=stacked("skipped"),
-        ineligible=stacked("ineligible"),
-        margin=min((r.margin for r in results), default=np.inf),
-        statistics=np.concatenate([np.zeros((0, heads)), *(r.statistics for r in results)]),
-    )
 
 
 def prefill(
@@ -366,7 +311,7 @@ def prefill_ragged(
         out[first:end] = result.out
         lse[first:end] = result.lse
         dropped_mass[first:end] = result.dropped_mass
-    return _join(results, heads, out=out, lse=lse, dropped_mass=dropped_mass)
+    return join(results, heads, out=out, lse=lse, dropped_mass=dropped_mass)
 
 
 def prefill_paged(

@@ -123,7 +123,7 @@ class Call:
         return self.reference(geometry=geometry)
 
 
-def _options(case: Case, rng: np.random.Generator) -> dict[str, Any]:
+def options_of(case: Case, rng: np.random.Generator) -> dict[str, Any]:
     options: dict[str, Any] = {"causal": case.causal}
     if case.window_left >= 0:
         options["window_left"] = case.window_left
@@ -163,7 +163,7 @@ def _hide_before_window(case: Case, keys: Array, q_len: int) -> None:
     keys[: begin.min(initial=len(keys))] = POISON[case.poison]
 
 
-def _requests(case: Case, rng: np.random.Generator) -> list[tuple[Array, Array, Array]]:
+def requests_of(case: Case, rng: np.random.Generator) -> list[tuple[Array, Array, Array]]:
     requests = []
     for q_len, kv_len in case.lengths:
         q, k, v = (
@@ -177,7 +177,7 @@ def _requests(case: Case, rng: np.random.Generator) -> list[tuple[Array, Array, 
     return requests
 
 
-def _laid_out(case: Case, parts: list[Array]) -> list[Array]:
+def laid_out(case: Case, parts: list[Array]) -> list[Array]:
     """Arrays [batch, len, heads, d] with the memory that the case asks for, as views of a whole."""
     dtype = DTYPES[case.dtype]
     poison = POISON[case.poison]
@@ -202,38 +202,36 @@ def _laid_out(case: Case, parts: list[Array]) -> list[Array]:
 def batched(case: Case) -> Call:
     """`prefill` on requests of equal lengths."""
     rng = case.rng
-    requests = _requests(case, rng)
+    requests = requests_of(case, rng)
     parts = [np.stack([request[i] for request in requests]) for i in range(3)]
-    return Call(case, "prefill", tuple(_laid_out(case, parts)), _options(case, rng))
+    return Call(case, "prefill", tuple(laid_out(case, parts)), options_of(case, rng))
 
 
-def _prefix_sums(lengths: list[int]) -> Array:
+def prefix_sums(lengths: list[int]) -> Array:
     return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
 
 
 def ragged(case: Case) -> Call:
     """`prefill_ragged`, with poisoned rows past the last request."""
     rng = case.rng
-    requests = _requests(case, rng)
+    requests = requests_of(case, rng)
     parts = []
     for i in range(3):
         behind = np.full((5, *requests[0][i].shape[1:]), POISON[case.poison], np.float32)
         parts.append(np.concatenate([*(request[i] for request in requests), behind])[None])
-    q, k, v = (x[0] for x in _laid_out(case, parts))
-    cu_q, cu_kv = (_prefix_sums([n[i] for n in case.lengths]) for i in range(2))
-    return Call(case, "prefill_ragged", (q, k, v, cu_q, cu_kv), _options(case, rng))
+    q, k, v = (x[0] for x in laid_out(case, parts))
+    cu_q, cu_kv = (prefix_sums([n[i] for n in case.lengths]) for i in range(2))
+    return Call(case, "prefill_ragged", (q, k, v, cu_q, cu_kv), options_of(case, rng))
 
 
-def paged(case: Case) -> Call:
-    """`prefill_paged` on scattered pages; what no request owns is poisoned."""
-    rng = case.rng
-    requests = _requests(case, rng)
-    needed = [-(-kv_len // case.page_size) for _, kv_len in case.lengths]
-    pages = sum(needed) + 3
-    order = rng.permutation(pages)
-    tables = np.resize(np.array(GARBAGE_PAGES, np.int32), (len(requests), max(needed) + 2))
+def pages_of(case: Case, rng: np.random.Generator, requests: list[Any]) -> tuple[Any, Array, Array]:
+    """Cache, table and lengths of requests (q, k, v); what no request owns is poisoned."""
+    lengths = np.array([len(k) for _, k, _ in requests], np.int32)
+    needed = [-(-int(n) // case.page_size) for n in lengths]
+    order = rng.permutation(sum(needed) + 3)
+    tables = np.resize(np.array(GARBAGE_PAGES, np.int32), (len(needed), max(needed, default=0) + 2))
     pools = [
-        np.full((pages, case.page_size, case.kv_heads, dim), POISON[case.poison], np.float32)
+        np.full((len(order), case.page_size, case.kv_heads, dim), POISON[case.poison], np.float32)
         for dim in (case.d_qk, case.d_v)
     ]
     first = 0
@@ -246,16 +244,25 @@ def paged(case: Case) -> Call:
             pool[own[key // case.page_size], key % case.page_size] = rows
     if case.layout == "HND":
         pools = [np.ascontiguousarray(pool.transpose(0, 2, 1, 3)) for pool in pools]
-    dtype = DTYPES[case.dtype]
-    cache: Any = tuple(pool.astype(dtype) for pool in pools)
-    if not case.pair:
-        cache = np.stack(cache, axis=1)
-    behind = np.full((5, *requests[0][0].shape[1:]), POISON[case.poison], np.float32)
-    q = _laid_out(case, [np.concatenate([*(q for q, _, _ in requests), behind])[None]])[0][0]
-    seq_lens = np.array([kv_len for _, kv_len in case.lengths], np.int32)
-    cu_q = _prefix_sums([q_len for q_len, _ in case.lengths])
-    options = {**_options(case, rng), "layout": case.layout}
-    return Call(case, "prefill_paged", (q, cache, tables, seq_lens, cu_q), options)
+    cache: Any = tuple(pool.astype(DTYPES[case.dtype]) for pool in pools)
+    return cache if case.pair else np.stack(cache, axis=1), tables, lengths
+
+
+def tokens_of(case: Case, requests: list[Any]) -> Array:
+    """Queries of requests one behind the other, and poisoned rows behind them."""
+    behind = np.full((5, case.q_heads, case.d_qk), POISON[case.poison], np.float32)
+    return laid_out(case, [np.concatenate([*(q for q, _, _ in requests), behind])[None]])[0][0]
+
+
+def paged(case: Case) -> Call:
+    """`prefill_paged` on scattered pages."""
+    rng = case.rng
+    requests = requests_of(case, rng)
+    cache, tables, seq_lens = pages_of(case, rng, requests)
+    cu_q = prefix_sums([q_len for q_len, _ in case.lengths])
+    options = {**options_of(case, rng), "layout": case.layout}
+    arrays = (tokens_of(case, requests), cache, tables, seq_lens, cu_q)
+    return Call(case, "prefill_paged", arrays, options)
 
 
 def _pair(q_len: int, kv_len: int) -> tuple[tuple[int, int], ...]:
@@ -402,27 +409,32 @@ SKIP_PAGED = [
 
 def numpy_skip(**fields: Any) -> SimpleNamespace:
     """A `SkipSoftmax` for the reference: the same fields, NumPy arrays."""
-    usual = {"threshold": None, "threshold_scale_factor": None, "unsafe": False}
+    names = ("threshold", "threshold_scale_factor", "max_dropped_mass")
+    usual = {**dict.fromkeys(names), "unsafe": False}
     return SimpleNamespace(**{**usual, **fields})
 
 
-def _view(array: Array) -> View:
+def view_of(array: Array) -> View:
     """A NumPy array as if it lay on device 0."""
     strides = tuple(step // array.dtype.itemsize for step in array.strides)
     return View(0, array.shape, strides, str(array.dtype), 0, None, False, None)
 
 
+def views_of(options: dict[str, Any]) -> dict[str, Any]:
+    """Options with views in place of arrays."""
+    return {name: view_of(x) if isinstance(x, np.ndarray) else x for name, x in options.items()}
+
+
 def problem_of(call: Call, skip: SkipMode | None = None) -> Problem:
     """The `Problem` that cuattn makes of a call; needs no GPU."""
     q, *others = call.arrays
-    given = {name: x for name, x in call.options.items() if name != "layout"}
-    given = {name: _view(x) if isinstance(x, np.ndarray) else x for name, x in given.items()}
+    given = views_of(call.options)
+    layout = given.pop("layout", "")
     options = _check.Options(**given, skip=skip)
     if call.function == "prefill":
-        return _check.batched(_view(q), *map(_view, others), options)
+        return _check.batched(view_of(q), *map(view_of, others), options)
     if call.function == "prefill_ragged":
-        return _check.ragged(_view(q), *map(_view, others), options)
+        return _check.ragged(view_of(q), *map(view_of, others), options)
     cache, *index_arrays = others
-    k, v = cache if isinstance(cache, tuple) else (cache[:, 0], cache[:, 1])
-    index_views = map(_view, index_arrays)
-    return _check.paged(_view(q), _view(k), _view(v), *index_views, call.options["layout"], options)
+    caches = cache if isinstance(cache, tuple) else (cache[:, 0], cache[:, 1])
+    return _check.paged(*map(view_of, (q, *caches, *index_arrays)), layout, options)

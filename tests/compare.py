@@ -79,6 +79,24 @@ def assert_close(
     )
 
 
+def assert_same_share(
+    actual: Array, expected: Array, lse_error: float, case: Any, logits: float = 0.0
+) -> None:
+    """Demand dropped shares to be those of float64, relatively, wherever there is a row.
+
+    A share is exp(LSE of the dropped - LSE of all), so it errs relatively by as much as two LSEs
+    err absolutely; `lse_error` is that of plain arithmetic.
+    """
+    assert actual.dtype == np.float32 and actual.shape == expected.shape
+    rows = np.isfinite(expected)
+    assert rows.any(), f"{case}: no row has a dropped share, nothing would be compared"
+    approximate = LSE_APPROXIMATION * max(1.0, getattr(case, "soft_cap", 0.0))
+    allowed = 4 * (lse_error + approximate + STEP["float32"] * max(1.0, logits))
+    seen, wanted = actual[rows].astype(np.float64), expected[rows]
+    np.testing.assert_array_equal(seen > 1e-30, wanted > 1e-30, f"{case}: dropped_mass")
+    np.testing.assert_allclose(seen, wanted, allowed, 1e-30, err_msg=f"{case}: dropped_mass")
+
+
 def _assert_same_places(seen: Array, wanted: Array, case: Any, what: str) -> None:
     """inf, -inf and NaN must be where they are expected, and nowhere else."""
     for name, place in (("NaN", np.isnan), ("inf", np.isposinf), ("-inf", np.isneginf)):

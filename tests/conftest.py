@@ -20,12 +20,13 @@ from typing import Any
 import numpy as np
 import pytest
 from cases import Call, Case, problem_of
-from compare import NAN_BITS, assert_close, bits
+from compare import NAN_BITS, assert_close, assert_same_share, bits
+from decode_cases import problem_of_decode
 from numpy.typing import NDArray
 
 import cuattn
 from cuattn import _device, _heuristics
-from cuattn._records import Device, Geometry, SkipMode
+from cuattn._records import DecodeGeometry, Device, Geometry, SkipMode
 
 Array = NDArray[Any]
 
@@ -79,6 +80,7 @@ class Outcome:
 
     out: Array
     lse: Array
+    dropped_mass: Array | None = None  # of decode with a certificate
 
 
 @dataclass(frozen=True)
@@ -155,7 +157,10 @@ class Executor(ABC):
         assert returned[0] is out.array and returned[1] is lse.array
         out.check(call.case)
         lse.check(call.case)
-        return Outcome(self.to_host(out.array), self.to_host(lse.array))
+        skip = more.get("skip_softmax")
+        asked = skip is not None and skip.certificate
+        assert len(returned) == 2 + asked
+        return Outcome(*(self.to_host(array) for array in returned))
 
     def check(self, call: Call, **more: Any) -> Outcome:
         """Run the call and compare it with the reference."""
@@ -169,11 +174,21 @@ class Executor(ABC):
         assert_close(outcome.lse, expected.lse, plain.lse, call.case, "lse")
         logits = np.abs(expected.lse[np.isfinite(expected.lse)]).max(initial=0.0)
         assert_close(outcome.out, expected.out, plain.out, call.case, "out", float(logits))
+        if outcome.dropped_mass is not None:
+            rows = np.isfinite(expected.lse)
+            error = np.abs(plain.lse[rows] - expected.lse[rows]).max(initial=0.0)
+            share = (outcome.dropped_mass, expected.dropped_mass)
+            assert_same_share(*share, float(error), call.case, float(logits))
 
-    def geometry(self, call: Call) -> Geometry:
-        """Who votes on what in the kernel that this call gets when it skips."""
-        problem = problem_of(call, SkipMode("threshold", False))
-        return _heuristics.prefill(problem, self.current()).geometry
+    def geometry(self, call: Call, **fields: Any) -> Geometry | DecodeGeometry:
+        """Who votes on what in the kernel that this call gets with such a `SkipSoftmax`."""
+        by_mass = "max_dropped_mass" in fields
+        skip = SkipMode("dropped_mass" if by_mass else "threshold", False)
+        if call.function == "decode":
+            plan = _heuristics.decode(problem_of_decode(call, skip), self.current())
+        else:
+            plan = _heuristics.prefill(problem_of(call, skip), self.current())
+        return plan.geometry
 
 
 class Gpu(Executor):

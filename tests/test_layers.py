@@ -25,7 +25,8 @@ CUDA_FLOORS = ("core", "ptx", "tile", "attention", ".")  # "." holds the kernels
 PYTHON_FLOORS = (
     ("_records", "_dtypes"),
     ("_sources", "_config", "_device", "_overlap", "_host"),
-    ("_compile", "_params", "_tool_params", "_replay", "_check_arrays"),
+    ("_compile", "_params", "_tool_params", "_replay", "_replay_decode", "_check_arrays"),
+    ("reference_decode",),
     ("_ingest", "_check", "_heuristics", "_launch", "reference", "_workspace"),
     ("skip_softmax", "_workloads", "_check_tools"),
     ("emulator._build", "emulator._tensor_map"),
@@ -55,9 +56,11 @@ NUMPY_ONLY = (
     "_check_tools",
     "_overlap",
     "_replay",
+    "_replay_decode",
     "_dtypes",
     "_host",
     "reference",
+    "reference_decode",
 )
 # Modules that may import CuPy, and only inside their functions.
 CUPY_INSIDE = (

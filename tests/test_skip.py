@@ -26,58 +26,13 @@ from cases import (
 )
 from compare import assert_same_bits
 from numpy.typing import NDArray
+from skip_checks import SAFE_MARGIN, check_against_replay, counts, threshold_for
 
 from cuattn._records import Geometry
 
 Array = NDArray[Any]
 
-SAFE_MARGIN = 1e-3  # natural-log units; float32 scores of these cases are good to about 1e-5
 SHORT = replace(SKIP_CASES[0], lengths=((200, 1500),) * 2)
-
-
-def threshold_for(statistics: Array, share: float) -> float:
-    """A λ below 1 that skips about `share` of the votes and is far from the statistic of any."""
-    votes = np.sort(statistics[np.isfinite(statistics)].ravel())
-    below = votes[: np.searchsorted(votes, -2 * SAFE_MARGIN)]
-    assert len(below) > 8, "too few votes could skip their tile below λ = 1"
-    target = min(int(share * statistics.size), len(below) - 2)
-    around = range(
-        max(target - len(below) // 10, 0), min(target + len(below) // 10, len(below) - 1)
-    )
-    widest = max(around or [target], key=lambda i: below[i + 1] - below[i])
-    return float(np.float32(math.exp((below[widest] + below[widest + 1]) / 2)))
-
-
-def counts(stats: Any) -> dict[str, Array]:
-    """Counters by request and head."""
-    return {name: np.asarray(array) for name, array in stats.per_head().items()}
-
-
-def check_against_replay(device: Any, call: Call, **threshold: Any) -> Array:
-    """Run with skipping; results and counts must be those of the replay, which skipped a part."""
-    import cuattn
-
-    geometry = device.geometry(call)
-    skip = numpy_skip(**threshold)
-    expected = call.reference(geometry=geometry, skip_softmax=skip)
-    assert expected.margin > SAFE_MARGIN, f"{call.case}: a vote is undecided by {expected.margin}"
-    assert 0 < expected.skipped.sum() < expected.visited.sum(), f"{call.case}: nothing to see"
-    stats = cuattn.SkipStats()
-    threshold = {
-        name: device.to_device(value) if isinstance(value, np.ndarray) else value
-        for name, value in threshold.items()
-    }
-    outcome = device.run(call, skip_softmax=cuattn.SkipSoftmax(**threshold, stats=stats))
-    for name, seen in counts(stats).items():
-        np.testing.assert_array_equal(seen, getattr(expected, name), f"{call.case}: {name}")
-    assert (stats.visited, stats.skipped, stats.ineligible) == (
-        expected.visited.sum(),
-        expected.skipped.sum(),
-        expected.ineligible.sum(),
-    )
-    assert stats.rate == pytest.approx(expected.skipped.sum() / expected.visited.sum())
-    device.compare(call, outcome, geometry=geometry, skip_softmax=skip)
-    return expected.skipped
 
 
 @pytest.mark.parametrize("share", [0.2, 0.5])
