@@ -1,4 +1,4 @@
-"""Command line: `python -m benchmarks prefill | skip | tools | host | first_call | all`."""
+"""Command line: `python -m benchmarks GROUP`, or `all`."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ from time import perf_counter
 
 from cuattn import _device
 
-from . import first_call, host, prefill, report, skip, tools
+from . import decode, decode_skip, first_call, host, prefill, report, skip, tools
 from .report import Options, Row
 
 GROUPS: dict[str, Callable[[Options], list[Row]]] = {
     "prefill": prefill.run,
     "skip": skip.run,
+    "decode": decode.run,
+    "decode_skip": decode_skip.run,
     "tools": tools.run,
     "host": host.run,
     "first_call": first_call.run,

@@ -31,13 +31,18 @@ extern "C" __global__ void read_all(const uint4* vectors, unsigned long long cou
 
 @dataclass(frozen=True, slots=True)
 class Ceilings:
-    """TFLOP/s of a large bfloat16 matrix product, None when no library can do one."""
+    """TFLOP/s of a large bfloat16 matrix product, None when no library can do one; GB/s read."""
 
     matrix_tflops: float | None
+    read_gbps: float | None = None
 
     def share(self, tflops: float | None) -> float | None:
         """Part of the matrix product's rate."""
         return tflops / self.matrix_tflops if tflops and self.matrix_tflops else None
+
+    def share_of_read(self, gbps: float | None) -> float | None:
+        """Part of the rate of a plain reduction, which is no limit: others may read faster."""
+        return gbps / self.read_gbps if gbps and self.read_gbps else None
 
 
 def measure(group: str, watch: Stopwatch) -> tuple[Ceilings, list[Row]]:
@@ -48,7 +53,7 @@ def measure(group: str, watch: Stopwatch) -> tuple[Ceilings, list[Row]]:
     for row in rows:
         figure = f"{row.gbps:8.0f} GB/s" if row.gbps else f"{row.tflops:8.0f} TFLOP/s"
         say(f"ceiling   {row.name:22}{row.impl:8}{figure}")
-    return Ceilings(product.tflops if product else None), rows
+    return Ceilings(product.tflops if product else None, rows[1].gbps), rows
 
 
 def _copy(group: str, watch: Stopwatch) -> Row:

@@ -30,6 +30,8 @@ class Row:
     skip_rate: float | None = None
     dropped_mass: float | None = None  # mean over rows
     rel_error: float | None = None
+    worst_mass: float | None = None  # of any row
+    max_dropped_mass: float | None = None  # ε, where it decides instead of a threshold
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from cuattn._workloads import Size
+from cuattn._workloads_paged import PagedSize
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,3 +84,63 @@ SKIP = (
     Sweep("w0_64k_full", "w0", LONG, False, W0, FULL_64K),
 )
 QUICK_SKIP = ("w0_16k_full", "w1_16k_causal")
+
+
+@dataclass(frozen=True, slots=True)
+class Decode:
+    """One decode case; `best` is the fastest kernel known, GB/s on an H200."""
+
+    name: str
+    size: PagedSize
+    best: float | None = None
+
+
+def paged(batch: int, kv_len: int, q_heads: int, kv_heads: int, **more: int) -> PagedSize:
+    """Sizes of a batch of equal requests."""
+    return PagedSize((kv_len,) * batch, q_heads, kv_heads, **more)
+
+
+def ragged_lengths() -> tuple[int, ...]:
+    """Lengths of 64 requests, from 512 to 32768 keys."""
+    return tuple(int(x) for x in np.random.default_rng(0).integers(512, 32769, 64))
+
+
+DECODE = (
+    Decode("gqa_32_8_b1_8k", paged(1, 8192, 32, 8), 1361),
+    Decode("gqa_32_8_b1_128k", paged(1, 131072, 32, 8), 3853),
+    Decode("gqa_32_8_b16_8k", paged(16, 8192, 32, 8), 3853),
+    Decode("gqa_32_8_b64_8k", paged(64, 8192, 32, 8), 4432),
+    Decode("gqa_64_8_b128_2k", paged(128, 2048, 64, 8, page=16), 4167),
+    Decode("mha_32_32_b16_4k", paged(16, 4096, 32, 32, page=16), 4188),
+    Decode("gqa_64_4_b64_16k", paged(64, 16384, 64, 4), 4249),
+    Decode("gqa_64_4_b64_64k", paged(64, 65536, 64, 4), 4519),
+    Decode("gqa_32_8_b64_ragged", PagedSize(ragged_lengths(), 32, 8)),
+    Decode("gqa_32_8_b16_8k_q4", paged(16, 8192, 32, 8, q_len=4)),
+)
+QUICK_DECODE = ("gqa_32_8_b1_8k", "gqa_32_8_b16_8k")
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeSweep:
+    """One case of skip-softmax decode: a workload, thresholds, and bounds of the dropped mass."""
+
+    name: str
+    workload: str  # "w0" | "w1"
+    size: PagedSize
+    thresholds: tuple[float, ...]
+    bounds: tuple[float, ...] = ()
+
+
+# About 0, 20, 40, 54, 66, 80, 93 and 99.5 % skipped at 32 keys a tile.
+DECODE_W0 = (0.0, 0.385, 0.485, 0.56, 0.65, 0.81, 1.2, 8.0)
+# Mean dropped masses from 0.01 % to 5 %.
+DECODE_W1 = (0.0, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3)
+BOUNDS = (0.001, 0.01, 0.05)
+
+DECODE_SKIP = (
+    DecodeSweep("w1_b1_128k", "w1", paged(1, 131072, 32, 8), DECODE_W1, BOUNDS),
+    DecodeSweep("w1_b4_32k", "w1", paged(4, 32768, 32, 8), DECODE_W1, BOUNDS),
+    DecodeSweep("w1_b16_64k", "w1", paged(16, 65536, 64, 4), DECODE_W1, BOUNDS),
+    DecodeSweep("w0_b64_64k", "w0", paged(64, 65536, 64, 4), DECODE_W0),
+)
+QUICK_DECODE_SKIP = ("w1_b4_32k",)

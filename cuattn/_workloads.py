@@ -113,7 +113,7 @@ def iid(size: Size, *, xp: Any = np, seed: int = 0, dtype: Any = ml_dtypes.bfloa
     arrays = [xp.empty((size.batch, *shape), dtype=dtype) for shape in shapes]
     for array in arrays:
         for request in range(size.batch):
-            array[request] = _normal(xp, rng, array.shape[1:]).astype(dtype)
+            array[request] = normal(xp, rng, array.shape[1:]).astype(dtype)
     return Inputs(*arrays)
 
 
@@ -169,37 +169,37 @@ def structured(
     q = xp.empty((*shape, size.q_heads, size.head_dim_qk), dtype=dtype)
     k = xp.empty((*shape, size.kv_heads, size.head_dim_qk), dtype=dtype)
     v = xp.empty((*shape, size.kv_heads, size.head_dim_v), dtype=dtype)
-    waves = xp.asarray(_waves(size.seq))
+    waves = xp.asarray(waves_of(size.seq))
     for request in range(size.batch):
-        segment = xp.asarray(_segments(size.seq, host))
+        segment = xp.asarray(segments_of(size.seq, host))
         for kv_head in range(size.kv_heads):
             topics = host.standard_normal((int(segment[-1]) + 1, TOPIC_DIMS), dtype=np.float32)
             topic = xp.asarray(topics * mix.topics * TOPIC_DIMS**-0.25)[segment]
             for head in range(kv_head * group, (kv_head + 1) * group):
-                rows = _normal(xp, rng, (size.seq, size.head_dim_qk)) * mix.noise
-                _add_query_features(rows, waves, topic, mix, host)
+                rows = normal(xp, rng, (size.seq, size.head_dim_qk)) * mix.noise
+                add_query_features(rows, waves, topic, mix, host)
                 q[request, :, head] = (rows * size.head_dim_qk**0.25).astype(dtype)
-            keys = _normal(xp, rng, (size.seq, size.head_dim_qk)) * mix.noise
-            _add_key_features(xp, keys, waves, topic, mix, host)
+            keys = normal(xp, rng, (size.seq, size.head_dim_qk)) * mix.noise
+            add_key_features(xp, keys, waves, topic, mix, host)
             k[request, :, kv_head] = (keys * size.head_dim_qk**0.25).astype(dtype)
             mean = host.standard_normal((len(topics), size.head_dim_v), dtype=np.float32)
-            values = xp.asarray(mean)[segment] + _normal(xp, rng, (size.seq, size.head_dim_v))
+            values = xp.asarray(mean)[segment] + normal(xp, rng, (size.seq, size.head_dim_v))
             v[request, :, kv_head] = (values * 0.5**0.5).astype(dtype)
     return Inputs(q, k, v)
 
 
-def _normal(xp: Any, rng: Any, shape: tuple[int, ...]) -> Any:
+def normal(xp: Any, rng: Any, shape: tuple[int, ...]) -> Any:
     return rng.standard_normal(shape, dtype=xp.float32)
 
 
-def _waves(seq: int) -> Array:
+def waves_of(seq: int) -> Array:
     """Cosine and sine of every position per octave, [seq, 2 * octaves]."""
     period = 2.0 ** np.arange(1, OCTAVES + 1)
     angle = 2.0 * np.pi * np.remainder(np.arange(seq)[:, None], period) / period
     return np.stack([np.cos(angle), np.sin(angle)], axis=2).reshape(seq, -1).astype(np.float32)
 
 
-def _segments(seq: int, host: np.random.Generator) -> Array:
+def segments_of(seq: int, host: np.random.Generator) -> Array:
     """Number of the segment that each position lies in, [seq]."""
     lengths = np.maximum(1, host.exponential(SEGMENT_KEYS, seq // 16 + 16).astype(np.int64))
     return np.searchsorted(np.cumsum(lengths), np.arange(seq), side="right")
@@ -209,7 +209,7 @@ def _segments(seq: int, host: np.random.Generator) -> Array:
 # query heads of one group may differ, and noise weighs the same on both sides.
 
 
-def _add_query_features(
+def add_query_features(
     rows: Any, waves: Any, topic: Any, mix: Mix, host: np.random.Generator
 ) -> None:
     rows[:, SINK_AT] += max(0.0, host.normal(*mix.sink)) / mix.sink[0] ** 0.5
@@ -221,7 +221,7 @@ def _add_query_features(
     rows[:, HITTERS_AT] += (sum(HITTER_STRENGTH) / 2) ** 0.5
 
 
-def _add_key_features(
+def add_key_features(
     xp: Any, keys: Any, waves: Any, topic: Any, mix: Mix, host: np.random.Generator
 ) -> None:
     seq = len(keys)
@@ -363,13 +363,13 @@ def exact_rows(
     places: list[tuple[int, int, int, int]] = []
     out: list[Array] = []
     largest: list[float] = []
-    for i, head in enumerate(_spread(q_heads, heads)):
+    for i, head in enumerate(spread(q_heads, heads)):
         request = i % batch
         kv_head = head // (q_heads // k.shape[2])
         keys = on_host(k[request, :, kv_head])[:, None].astype(np.float64)
         values = on_host(v[request, :, kv_head])[:, None].astype(np.float64)
         norm = float(np.linalg.norm(values, axis=-1).max())
-        for first in _spread(seq - rows + 1, blocks):
+        for first in spread(seq - rows + 1, blocks):
             end = first + rows
             seen = end if causal else seq
             queries = on_host(q[request, first:end, head])[:, None]
@@ -380,7 +380,7 @@ def exact_rows(
     return ExactRows(tuple(places), np.stack(out), np.array(largest))
 
 
-def _spread(length: int, count: int) -> list[int]:
+def spread(length: int, count: int) -> list[int]:
     """At most `count` places from 0 to length − 1, both ends among them."""
     return sorted({int(x) for x in np.linspace(0, length - 1, min(count, length)).round()})
 

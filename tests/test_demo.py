@@ -322,7 +322,7 @@ def test_prefill_lines_and_rows(bench: Any, capsys: pytest.CaptureFixture[str]) 
     rows = {row["impl"]: row for row in results["rows"] if row["name"] == TINY.name}
     assert list(rows["cuattn"]) == [
         *("group", "name", "impl", "kernel", "ms", "tflops", "gbps", "threshold", "skip_rate"),
-        *("dropped_mass", "rel_error"),
+        *("dropped_mass", "rel_error", "worst_mass", "max_dropped_mass"),
     ]
     assert rows["cuattn"]["kernel"] == "fmha_test"
     assert rows["cuattn"]["tflops"] == pytest.approx(TINY.size.flops(True) * 1e-12)

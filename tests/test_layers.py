@@ -29,6 +29,7 @@ PYTHON_FLOORS = (
     ("reference_decode",),
     ("_ingest", "_check", "_heuristics", "_launch", "reference", "_workspace"),
     ("skip_softmax", "_workloads", "_check_tools"),
+    ("_workloads_paged",),
     ("emulator._build", "emulator._tensor_map"),
     ("emulator._memory", "emulator._report"),
     ("emulator._run",),
