@@ -8,12 +8,15 @@ from time import perf_counter
 from typing import Any
 
 from cuattn._workloads import Inputs, Size, iid
+from cuattn._workloads_paged import PagedInputs, PagedSize, iid_paged
 
 from . import peers
 from .report import Options, Row, say
 
 CALLS, BATCHES = 400, 5
 TINY = Size(1, 16, 1, 1, 64, 64)  # the kernel is shorter than the call, so the queue stays empty
+TINY_PAGED = PagedSize((16,), 1, 1, page=16, head_dim=64)
+MAX_PAGES = 256  # of the table; a request that may be this long may be cut, which takes a workspace
 
 
 def run(options: Options) -> list[Row]:
@@ -21,9 +24,11 @@ def run(options: Options) -> list[Row]:
     import cupy
 
     inputs = iid(TINY, xp=cupy)
+    paged = iid_paged(TINY_PAGED, xp=cupy)._replace(tables=cupy.zeros((1, MAX_PAGES), "i4"))
+    calls = _calls(inputs) | _decode_calls(paged)
     rows = []
-    for name, call in (_calls(inputs) | _steps(inputs)).items():
-        if options.wants(name, tuple(_calls(inputs))):
+    for name, call in (calls | _steps(inputs)).items():
+        if options.wants(name, tuple(calls)):
             microseconds = host_us(call, cupy.cuda.runtime.deviceSynchronize)
             impl = name.split(":")[0]
             rows.append(Row("host", name, impl, ms=1e-3 * microseconds))
@@ -75,16 +80,45 @@ def _calls(inputs: Inputs) -> dict[str, Callable[[], object]]:
     return calls
 
 
+def _decode_calls(inputs: PagedInputs) -> dict[str, Callable[[], object]]:
+    import cupy
+
+    import cuattn
+
+    decode = cuattn.decode
+    out = cupy.empty(inputs.q.shape, dtype=inputs.q.dtype)
+    skip = cuattn.SkipSoftmax(threshold=0.01)
+    counted = cuattn.SkipSoftmax(threshold=0.01, stats=cuattn.SkipStats())
+    calls: dict[str, Callable[[], object]] = {
+        "cuattn: decode, cupy": lambda: decode(*inputs),
+        "cuattn: decode, cupy, out=": lambda: decode(*inputs, out=out),
+        "cuattn: decode, cupy, skip": lambda: decode(*inputs, skip_softmax=skip),
+        "cuattn: decode, cupy, skip, out=": lambda: decode(*inputs, skip_softmax=skip, out=out),
+        "cuattn: decode, cupy, skip, stats": lambda: decode(*inputs, skip_softmax=counted),
+    }
+    if "torch_fa2" in peers.available(flashinfer=False):
+        tensors = peers.tensors(inputs)
+        place = tensors[0].clone()
+        calls["cuattn: decode, torch"] = lambda: decode(*tensors)
+        calls["cuattn: decode, torch, out="] = lambda: decode(*tensors, out=place)
+        calls["cuattn: decode, torch, skip"] = lambda: decode(*tensors, skip_softmax=skip)
+    return calls
+
+
 def _steps(inputs: Inputs) -> dict[str, Callable[[], object]]:
     """Parts of a call that can be run alone; the rest is look-ups, packing and the launch."""
     import cupy
 
-    from cuattn import _ingest
+    from cuattn import _device, _ingest, _workspace
 
+    device, side = _device.current(), cupy.cuda.Stream(non_blocking=True)
+    room = (1 << 16, 1 << 10, 1 << 6)  # bytes
     kernel = cupy.RawKernel('extern "C" __global__ void nothing() {}', "nothing")
     steps: dict[str, Callable[[], object]] = {
         "step: view of a cupy array": lambda: _ingest.view(inputs.q, "q"),
         "step: cupy.empty of the output": lambda: cupy.empty(inputs.q.shape, inputs.q.dtype),
+        "step: workspace of the default stream": lambda: _workspace.partials(room, device, 0),
+        "step: workspace of a stream": lambda: _workspace.partials(room, device, side.ptr),
         "step: launch of an empty RawKernel": lambda: kernel((1,), (32,), ()),
     }
     if "torch_fa2" in peers.available(flashinfer=False):

@@ -38,7 +38,7 @@ def as_cupy(output: Any) -> Any:
     return output if isinstance(output, cupy.ndarray) else cupy.from_dlpack(output)
 
 
-def tensors(inputs: Inputs) -> tuple[Any, ...]:
+def tensors(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     """The inputs as torch tensors, not copied."""
     import torch
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 import cuattn
 from benchmarks import __main__ as command
 from benchmarks import first_call, host, peers, prefill, report, shapes, skip
-from cuattn import _demo, _device, _ingest, _workloads, reference
+from cuattn import _demo, _device, _ingest, _workloads, _workspace, reference
 from cuattn._records import Device, Geometry
 from cuattn._workloads import Size
 
@@ -120,6 +120,7 @@ def fake_cupy() -> ModuleType:
         Event=Event,
         get_elapsed_time=lambda start, end: 1000.0,
         Device=lambda: SimpleNamespace(attributes={"MultiProcessorCount": 132}),
+        Stream=lambda **_: SimpleNamespace(ptr=0),
         runtime=SimpleNamespace(deviceSynchronize=lambda: None),
         nvrtc=SimpleNamespace(getVersion=lambda: (13, 0)),
     )
@@ -132,6 +133,7 @@ def card(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeGpu]:
     monkeypatch.setitem(sys.modules, "cupy", fake_cupy())
     for name, value in (
         ("prefill", fake.prefill),
+        ("decode", lambda q, *_, out=None, **__: q if out is None else out),
         ("SkipSoftmax", SkipSoftmax),
         ("SkipStats", SkipStats),
     ):
@@ -287,6 +289,7 @@ def bench(
     monkeypatch.setattr(prefill.ceilings, "COPY_BYTES", 1 << 10)
     monkeypatch.setattr(prefill.ceilings, "_multiply", _matrix_row)
     monkeypatch.setattr(host, "CALLS", 2)
+    monkeypatch.setattr(_workspace, "partials", lambda sizes, device, stream: (0, 0, 0))
     monkeypatch.setattr(_ingest, "view", lambda x, name: x)
     monkeypatch.setattr(report, "RESULTS", tmp_path)
     peer = {
@@ -387,6 +390,7 @@ def test_host_rows(bench: Any, capsys: pytest.CaptureFixture[str]) -> None:
     assert status == 0
     names = [row["name"] for row in results["rows"]]
     assert "cuattn: cupy, out=" in names
+    assert "cuattn: decode, cupy, out=" in names
     assert "step: view of a cupy array" in names
 
 
