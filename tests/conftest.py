@@ -171,7 +171,9 @@ class Executor(ABC):
     def compare(self, call: Call, outcome: Outcome, **replay: Any) -> None:
         """Compare results with the reference; `replay` holds its geometry and skip_softmax."""
         expected, plain = call.reference(**replay), call.plain(**replay)
-        assert_close(outcome.lse, expected.lse, plain.lse, call.case, "lse")
+        # A tensor core cuts off what is below one step of the sum so far, once for 16 columns.
+        cuts = call.case.d_qk / 16
+        assert_close(outcome.lse, expected.lse, plain.lse, call.case, "lse", cuts)
         logits = np.abs(expected.lse[np.isfinite(expected.lse)]).max(initial=0.0)
         assert_close(outcome.out, expected.out, plain.out, call.case, "out", float(logits))
         if outcome.dropped_mass is not None:

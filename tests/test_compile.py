@@ -56,7 +56,7 @@ SHIPPED = _cli_compile.shipped(_cli_compile.ARCHS)
 # Half of what is shipped.  float16 differs from bfloat16 in the operand types of mma and cvt alone,
 # which take no other registers: it is compiled where the head dimension is 128, and prefill for one
 # target everywhere.  Decode has half of its dimensions for the other targets.
-def tested(job: Job) -> bool:
+def compiled_here(job: Job) -> bool:
     """Say whether a shipped configuration is compiled here."""
     usual, half = "head_dim_qk=128" in job.label, "float16" in job.label.split()
     if job.kernel == "decode":
@@ -65,7 +65,7 @@ def tested(job: Job) -> bool:
     return job.arch == "sm_90a" or not half or usual
 
 
-JOBS = [job for job in SHIPPED if tested(job)]
+JOBS = [job for job in SHIPPED if compiled_here(job)]
 
 
 def sentence(job: Job) -> str:

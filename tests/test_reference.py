@@ -231,7 +231,8 @@ def test_counts_follow_from_statistics(seed: int, position: float) -> None:
     result = reference.attention(q, k, v, **options, skip=math.exp(level))
     assert result.skipped.tolist() == (votes < math.log(math.exp(level))).sum(axis=0).tolist()
     np.testing.assert_array_equal(result.statistics, votes)
-    assert result.margin == np.abs(votes - math.log(math.exp(level))).min()
+    margin = np.abs(votes - math.log(math.exp(level))).min()
+    assert result.margin == pytest.approx(margin, rel=1e-9)  # exp and log differ by library
 
 
 def test_a_wide_window_is_no_window() -> None:
