@@ -7,6 +7,8 @@ CuPy's memory pool is off, so that an access past an array leaves its allocation
 
 from __future__ import annotations
 
+from typing import Any
+
 import cupy
 import ml_dtypes
 import numpy as np
@@ -90,6 +92,45 @@ def skipping() -> None:
     print(f"skipping: {stats.skipped} of {stats.visited} tiles")
 
 
+def decode(
+    lengths: tuple[int, ...],
+    heads: tuple[int, int] = (4, 2),
+    page: int = 64,
+    tokens: tuple[int, ...] | None = None,
+    **options: Any,
+) -> None:
+    """One call over pages in random order, against paged prefill; `tokens` makes it ragged."""
+    counts = [-(-length // page) for length in lengths]
+    tables = np.full((len(lengths), max(counts)), 99999, np.int32)  # never read past a length
+    order = rng.permutation(sum(counts))
+    for row, count, end in zip(tables, counts, np.cumsum(counts), strict=True):
+        row[:count] = order[end - count : end]
+    each = tokens or (1,) * len(lengths)
+    ends = np.concatenate([[0], np.cumsum(each)]).astype(np.int32)
+    q, cache = random(sum(each), heads[0], 128), random(len(order), 2, heads[1], page, 128)
+    arrays = (q, cache, tables, np.array(lengths, np.int32))
+    more = {} if tokens is None else {"cu_seqlens_q": to_device(ends)}
+    out = cuattn.decode(*map(to_device, arrays), **more, **options)
+    loose = {"window_left": options.get("window_left", -1)}
+    expected = reference.prefill_paged(*arrays, ends, causal=True, **loose).out
+    check(f"decode {lengths} {heads} page {page} {tokens} {sorted(options)}", out, expected)
+
+
+def decode_skipping(**rule: float) -> None:
+    """Half the keys are zeros, far below the others: about half the tiles go, in every split."""
+    q, cache = random(2, 8, 128), random(40, 2, 2, 64, 128)
+    cache[::2, 0] = 0
+    tables = np.arange(40, dtype=np.int32).reshape(2, 20)
+    arrays = (8 * q, cache, tables, np.array([1280, 1000], np.int32))
+    stats = cuattn.SkipStats()
+    skip = cuattn.SkipSoftmax(**rule, stats=stats, certificate=True)
+    _, lost = cuattn.decode(*map(to_device, arrays), skip_softmax=skip)
+    assert 0 < stats.skipped < stats.visited, (stats.skipped, stats.visited)
+    worst = float(lost.max())
+    assert worst <= rule.get("max_dropped_mass", 0.1), worst
+    print(f"decode, {rule}: {stats.skipped} of {stats.visited} tiles, at most {worst:.1e} lost")
+
+
 if __name__ == "__main__":
     cupy.cuda.set_allocator(None)
     for dims in ((128, 128), (64, 64), (40, 72), (192, 128), (256, 256)):
@@ -101,3 +142,12 @@ if __name__ == "__main__":
     paged()
     skipping()
     tools()
+    decode((1000, 77, 0))  # split, and the empty request
+    decode((200,))  # not split
+    decode((300, 41), page=16)
+    decode((300, 200), heads=(32, 2), tokens=(3, 2))  # two blocks of rows
+    decode((700, 30), window_left=100)
+    decode((2100,) * 3, batch_invariant=True)
+    decode((900,), skip_softmax=cuattn.SkipSoftmax(threshold=0.0))
+    decode_skipping(threshold=0.01)
+    decode_skipping(max_dropped_mass=0.01)
