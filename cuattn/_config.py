@@ -68,7 +68,8 @@ class DecodeConfig:
         qk, v = _row_bytes(self.head_dim_qk), _row_bytes(self.head_dim_v)
         rings = self.warps * STAGES * self.block_kv * max(qk, v)
         rows = self.warps * self.rows
-        return self.rows * qk + rings + rows * 16 + rows * 8 + (self.warps + 1) * 4
+        counts = -(-(self.warps + 1) * 4 // 16) * 16
+        return 2 * self.rows * qk + rings + rows * 16 + rows * 8 + counts + 4
 
     def define(self) -> str:
         """Return the designated initialisers that stand behind ``-DCUATTN_CONFIG=``."""

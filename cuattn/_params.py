@@ -45,7 +45,7 @@ INTEGERS = (
     "causal",
     "window_left",
 )
-MORE = ("tokens", "blocks", "splitting")
+MORE = ("blocks", "splitting", "queued")
 FLOATS = ("scale", "out_scale", "soft_cap", "threshold")
 FLAGS = ("threshold_per_length", "unsafe")
 
@@ -99,9 +99,9 @@ def pack_rest(
         problem.causal,
         problem.window_left,
         *(splits.share, splits.smallest, splits.alone),
-        problem.tokens,
         plan.grid[0],
-        any(plan.partials),
+        plan.partials[0] > 0,
+        problem.tokens > 0 and plan.queued,
         scale,
         out_scale,
         problem.soft_cap,
