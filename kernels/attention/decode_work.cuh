@@ -116,35 +116,19 @@ DEVICE DecodeWork find_decode_work(const AttentionParams& params, int32 item, in
   return work;
 }
 
-// Tiles that lie in one piece of memory mostly are one warp's: a run, which is read from its end.
-constexpr int32 run_shift = 1;
-constexpr int32 run_tiles = 1 << run_shift;
-
 // One warp's tiles, in its order.
 struct TileDeal {
   int32 first, last;   // tiles that some row of the block sees; none: last < first
-  int32 rank, stride;  // this warp's runs, counted down from the last: rank, rank + stride, …
-  int32 missing;       // tiles of its first run that are past the last tile
-  int32 count;         // steps: tiles of this warp
+  int32 rank, stride;  // step s of this warp is tile last − rank − s · stride
+  int32 count;         // steps
 
   DEVICE TileDeal(Range keys, int32 block_kv, int32 rank, int32 workers)
       : first(keys.begin / block_kv),
         last(keys.empty() ? first - 1 : (keys.end - 1) / block_kv),
         rank(rank),
         stride(workers),
-        missing(rank == 0 ? (last | (run_tiles - 1)) - last : 0),
-        count(0) {
-    const int32 runs = tiles() > 0 ? (last >> run_shift) - (first >> run_shift) + 1 : 0;
-    const int32 own = ceil_div(maximum(runs - rank, 0), workers);
-    if (own == 0) return;
-    const bool has_first = rank + (own - 1) * workers == runs - 1;
-    count = own * run_tiles - missing - (has_first ? first & (run_tiles - 1) : 0);
-  }
+        count(ceil_div(maximum(last - first + 1 - rank, 0), workers)) {}
 
   DEVICE int32 tiles() const { return last - first + 1; }
-  DEVICE int32 at(int32 step) const {
-    const int32 place = step + missing;  // in the warp's runs, were they whole
-    const int32 run = (last >> run_shift) - rank - (place >> run_shift) * stride;
-    return (run << run_shift) + (run_tiles - 1) - (place & (run_tiles - 1));
-  }
+  DEVICE int32 at(int32 step) const { return last - rank - step * stride; }
 };
