@@ -68,8 +68,7 @@ class DecodeConfig:
         qk, v = _row_bytes(self.head_dim_qk), _row_bytes(self.head_dim_v)
         rings = self.warps * STAGES * self.block_kv * max(qk, v)
         rows = self.warps * self.rows
-        counts = -(-(self.warps + 1) * 4 // 16) * 16
-        return 2 * self.rows * qk + rings + rows * 16 + rows * 8 + counts + 4
+        return self.rows * qk + rings + rows * 16 + rows * 8 + (self.warps + 1) * 4
 
     def define(self) -> str:
         """Return the designated initialisers that stand behind ``-DCUATTN_CONFIG=``."""

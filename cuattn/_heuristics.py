@@ -109,8 +109,7 @@ def _tile(
 # --- decode ---------------------------------------------------------------------------------------
 
 SLOT_BYTES = 12_288  # of keys or values, at most; two a warp are in flight
-WAVES = 4  # parts of the load for every place on a multiprocessor where blocks are small
-RESERVED_COUNTERS = 2  # in front of the arrivals, params.cuh
+WAVES = 4  # blocks in line for every place on a multiprocessor; more items than that share blocks
 WARPS = 8  # of a block, and of one of two to a multiprocessor:
 SMALL_WARPS = 4
 MANY_ITEMS = 6  # to a multiprocessor
@@ -141,21 +140,18 @@ def decode(problem: Problem, device: Device) -> Plan:
     items = whole * most if alone else min(whole * most, whole + loads + problem.kv_heads)
     if not problem.tokens:
         items = 0
-    out_bytes = items * rows * problem.head_dim_v * 4
-    sizes = (out_bytes, items * rows * 16, (RESERVED_COUNTERS + items) * 4)
-    queued = items > places
+    sizes = (items * rows * problem.head_dim_v * 4, items * rows * 16, items * 4)
     return Plan(
         kernel="decode",
         config=config,
         q_blocks=row_blocks,
-        grid=(min(items, places), 1, 1),
+        grid=(min(items, WAVES * places), 1, 1),
         threads=config.threads,
         shared_memory=config.shared_memory,
         geometry=DecodeGeometry(rows, config.block_kv, config.warps, rule),
         reason=f"{config.warps} warps, {config.blocks} blocks a multiprocessor, "
         f"at most {most} splits",
-        partials=sizes if most > 1 else (0, 0, RESERVED_COUNTERS * 4 * queued),
-        queued=queued,
+        partials=sizes if most > 1 else (0, 0, 0),
     )
 
 

@@ -45,7 +45,7 @@ INTEGERS = (
     "causal",
     "window_left",
 )
-MORE = ("blocks", "splitting", "queued")
+MORE = ("tokens", "blocks", "splitting")
 FLOATS = ("scale", "out_scale", "soft_cap", "threshold")
 FLAGS = ("threshold_per_length", "unsafe")
 
@@ -99,9 +99,9 @@ def pack_rest(
         problem.causal,
         problem.window_left,
         *(splits.share, splits.smallest, splits.alone),
+        problem.tokens,
         plan.grid[0],
-        plan.partials[0] > 0,
-        problem.tokens > 0 and plan.queued,
+        any(plan.partials),
         scale,
         out_scale,
         problem.soft_cap,

@@ -161,7 +161,6 @@ class Plan:
     geometry: Any  # Geometry, DecodeGeometry
     reason: str
     partials: tuple[int, int, int] = (0, 0, 0)  # bytes of partial_out, partial_rows, arrivals
-    queued: bool = False  # blocks fetch items, of which there may be more than blocks
 
     @property
     def step(self) -> Step:

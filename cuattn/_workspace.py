@@ -51,12 +51,12 @@ def partials(sizes: tuple[int, int, int], device: int, stream: int) -> tuple[int
     if arena is None:
         arena = _arenas.setdefault(key, _Arena())
     scratch, zeros = arena.scratch, arena.zeros
-    if out and (scratch is None or scratch.size < out + rows):
+    if scratch is None or scratch.size < out + rows:
         scratch = arena.grow("scratch", out + rows, stream)
-    if zeros is None or zeros.size < arrivals:
+    if arrivals and (zeros is None or zeros.size < arrivals):
         zeros = arena.grow("zeros", arrivals, stream)
-    start = scratch.data.ptr if out else 0
-    return start + rows, start, zeros.data.ptr
+    start = scratch.data.ptr
+    return start + rows, start, zeros.data.ptr if arrivals else 0
 
 
 def _capture(stream: int) -> int:

@@ -68,8 +68,10 @@ struct WarpState {
 
 // Scores of the tile of keys in a slot, masked.
 DEVICE void score(float (&scores)[row_tiles][key_tiles][4], const WarpState& state,
-                  const Item& item, SharedAddress q, SharedAddress k, int32 tile) {
-  multiply_qk<config.head_dim_qk, Input>(scores, row_reader(QTile{q}), column_reader(KTile{k}));
+                  const Item& item, int32 slot, int32 tile) {
+  multiply_qk<config.head_dim_qk, Input>(
+      scores, row_reader(QTile{item.shared.q}),
+      column_reader(KTile{item.shared.slot(warp_index(), slot)}));
   if constexpr (config.soft_cap) squash(scores, state.squash_factor);
   const Range keys = item.tile_keys(tile);
   if (keys.begin < item.common.begin || item.common.end < keys.end) {
@@ -104,15 +106,15 @@ DEVICE bool leave_out(const AttentionParams& params, WarpState& state,
 }
 
 // Keys: their probabilities wait in `pending` for the values, if the tile is kept.
-DEVICE bool take_keys(WarpState& state, Pending& pending, const AttentionParams& params,
-                      const Item& item, SharedAddress q, SharedAddress k, int32 step) {
+DEVICE bool take_keys(WarpState& state, Pending& pending, const Item& item, int32 slot,
+                      int32 step) {
   float scores[row_tiles][key_tiles][4];
-  score(scores, state, item, q, k, item.deal.at(step));
+  score(scores, state, item, slot, item.deal.at(step));
   float tile_maxima[row_tiles][2];
   row_maxima(tile_maxima, scores);
   const bool seed = is_seed(item.deal, step, config.warps);
   if constexpr (config.skip_softmax && !config.masses) {
-    if (leave_out(params, state, tile_maxima, state.rows, seed)) {
+    if (leave_out(item.params, state, tile_maxima, state.rows, seed)) {
       ++state.skipped;
       return false;
     }
@@ -123,7 +125,7 @@ DEVICE bool take_keys(WarpState& state, Pending& pending, const AttentionParams&
   for (int32 key_step = 0; key_step < key_tiles / 2; ++key_step)
     exponentiate<Input>(pending.probabilities[key_step], tile, scores, key_step, state.scale);
   if constexpr (config.masses) {
-    if (leave_out(params, state, tile_maxima, tile, seed)) {
+    if (leave_out(item.params, state, tile_maxima, tile, seed)) {
       ++state.skipped;
       return false;
     }
@@ -133,9 +135,9 @@ DEVICE bool take_keys(WarpState& state, Pending& pending, const AttentionParams&
   return true;
 }
 
-DEVICE void take_values(WarpState& state, const Pending& pending, SharedAddress values) {
+DEVICE void take_values(WarpState& state, const Pending& pending, const Item& item, int32 slot) {
   if (some_shrink(pending.shrink)) shrink_output(state.output, pending.shrink);
-  const auto v = row_reader(VTile{values});
+  const auto v = row_reader(VTile{item.shared.slot(warp_index(), slot)});
 #pragma unroll
   for (int32 key_step = 0; key_step < key_tiles / 2; ++key_step)
     multiply_pv<Input>(state.output, pending.probabilities[key_step], v, key_step);
@@ -143,14 +145,12 @@ DEVICE void take_values(WarpState& state, const Pending& pending, SharedAddress 
 
 // --- Seeds.
 
-// Maximum and mass of this warp's seed tile for all to read.
-DEVICE void publish_seed(const WarpState& state, const Shared& shared, const Item& item,
-                         SharedAddress q) {
-  const int32 tile = seed_tile(item.deal, warp_index(), config.warps);
+// Maximum and mass of this warp's seed tile, in slot 1, for all to read.
+DEVICE void publish_seed(const WarpState& state, const Item& item, int32 tile) {
   float scores[row_tiles][key_tiles][4];
   RowStatistics<row_tiles> statistics;
   if (tile >= item.deal.first) {
-    score(scores, state, item, q, shared.slot(warp_index(), Shape::first_slot), tile);
+    score(scores, state, item, 1, tile);
     row_maxima(statistics.maximum, scores);
     if constexpr (config.mass_rule) {
       uint32 unused[row_tiles][4];
@@ -166,19 +166,19 @@ DEVICE void publish_seed(const WarpState& state, const Shared& shared, const Ite
       const float mass = quad_sum(statistics.sum[r][half]);
       const int32 row = warp_index() * config.rows + r * 16 + half * 8 + fragment_row();
       if (fragment_column() == 0) {
-        shared_store_2(shared.seeds + row * 8, statistics.maximum[r][half], mass);
+        shared_store_2(item.shared.seeds + row * 8, statistics.maximum[r][half], mass);
       }
     }
 }
 
 // What all seeds say of this lane's rows.
-DEVICE void read_seeds(WarpState& state, const Shared& shared, const Item& item) {
+DEVICE void read_seeds(WarpState& state, const Item& item) {
   const float share = float(item.deal.count) * reciprocal_approximate(float(item.deal.tiles()));
 #pragma unroll
   for (int32 r = 0; r < row_tiles; ++r)
 #pragma unroll
     for (int32 half = 0; half < 2; ++half) {
-      const SharedAddress first = shared.seeds + (r * 16 + half * 8 + fragment_row()) * 8;
+      const SharedAddress first = item.shared.seeds + (r * 16 + half * 8 + fragment_row()) * 8;
       float maximum = -infinity(), mass = 0.f;
 #pragma unroll
       for (int32 warp = 0; warp < config.warps; ++warp)
@@ -227,8 +227,7 @@ DEVICE WarpState begin(const AttentionParams& params, const DecodeWork& work) {
 enum class Held { nothing, keys, values };
 
 // All tiles of this warp.
-DEVICE void stream(WarpState& state, const AttentionParams& params, const Shared& shared,
-                   Item& item, SharedAddress q) {
+DEVICE void stream(WarpState& state, Item& item) {
   Held held[slots];
   int32 step_of[slots];
   Pending pending[slots];
@@ -243,24 +242,23 @@ DEVICE void stream(WarpState& state, const AttentionParams& params, const Shared
     for (int32 slot = 0; slot < slots; ++slot) {
       cp_async_wait<slots - 1>();  // this lane's part of the older load has landed
       sync_warp();                 // the whole warp's has
-      const SharedAddress tile = shared.slot(warp_index(), slot);
       bool more = held[slot] != Held::nothing;
       if (held[slot] == Held::keys) {
-        if (take_keys(state, pending[slot], params, item, q, tile, step_of[slot])) {
+        if (take_keys(state, pending[slot], item, slot, step_of[slot])) {
           sync_warp();  // nobody reads the keys any more
-          item.request_values(params, tile, step_of[slot]);
+          item.request_values(slot, step_of[slot]);
           held[slot] = Held::values;
           more = false;
         }
       } else if (held[slot] == Held::values) {
-        take_values(state, pending[slot], tile);
+        take_values(state, pending[slot], item, slot);
       }
       if (more) {
         held[slot] = next < item.deal.count ? Held::keys : Held::nothing;
         step_of[slot] = next;
         if (held[slot] == Held::keys) {
           sync_warp();  // nobody reads the slot any more
-          item.request_keys(params, tile, next++);
+          item.request_keys(slot, next++);
         }
       }
       cp_async_commit();
@@ -268,91 +266,66 @@ DEVICE void stream(WarpState& state, const AttentionParams& params, const Shared
   }
 }
 
-// The first loads of an item: Q, and the first of a warp's own.
-DEVICE void start(const AttentionParams& params, const Shared& shared, Item& item, int32 parity) {
-  item.request_q(params, shared.q + parity * QTile::bytes);
+DEVICE void run(const AttentionParams& params, const Shared& shared, const DecodeWork& work) {
+  Item item(params, shared, work);
+  const int32 outer = params.cu_seqlens_q ? 0 : work.request;
+  const int32 q_row = params.cu_seqlens_q ? work.q_start : 0;
+  const GroupRows q{.first = static_cast<const char*>(params.q) +
+                             (outer * params.q_strides.outer + q_row * params.q_strides.row +
+                              work.kv_head * params.group * params.q_strides.head) *
+                                 2,
+                    .row_stride = params.q_strides.row * 2,
+                    .head_stride = params.q_strides.head * 2,
+                    .first_row = work.first_row,
+                    .group = params.group};
+  constexpr int32 q_threads = minimum(config.threads(), config.rows * 8);
+  if (thread_index() < q_threads) {
+    request_tile<q_threads>(QTile{shared.q}, q, 0, {0, work.rows}, params.head_dim_qk);
+  }
   cp_async_commit();
   item.walk.begin();
-  const SharedAddress first = shared.slot(warp_index(), Shape::first_slot);
+  const int32 seed = seed_tile(item.deal, warp_index(), config.warps);
   if constexpr (config.skip_softmax) {
-    const int32 seed = seed_tile(item.deal, warp_index(), config.warps);
-    if (seed >= item.deal.first) item.request_seed(params, first, seed);
-  } else {
-    if (item.deal.count > 0) item.request_keys(params, first, 0);
-  }
-  cp_async_commit();
-}
-
-// From the first loads to each warp's result.
-DEVICE void run(WarpState& state, const AttentionParams& params, const Shared& shared, Item& item,
-                int32 parity) {
-  const SharedAddress q = shared.q + parity * QTile::bytes;
-  const auto request_keys = [&](int32 step) {
-    const SharedAddress target = shared.slot(warp_index(), step);
-    if (step < item.deal.count) item.request_keys(params, target, step);
+    if (seed >= item.deal.first) {
+      const Place place{work.request, 0, work.kv_head, work.kv_len};
+      item.request<KTile>(1, Source<true>::of(params.k, params.k_strides, params, place), seed,
+                          params.head_dim_qk);
+    }
     cp_async_commit();
-  };
-  if constexpr (config.skip_softmax) {
-    cp_async_wait<0>();
-    sync_block();  // Q and the seeds are there
-    request_keys(0);
-    publish_seed(state, shared, item, q);
-    sync_warp();  // nobody reads the seed's keys any more
-    request_keys(1);
-    sync_block();
-    read_seeds(state, shared, item);
-  } else {
-    cp_async_wait<1>();
-    sync_block();  // Q is there, and the slot where the item before was merged is free
-    request_keys(1);
   }
-  stream(state, params, shared, item, q);
-}
+  if (item.deal.count > 0) item.request_keys(0, 0);
+  cp_async_commit();
 
-// The item after `item`: blocks fetch items in order, or have no more than one.
-DEVICE int32 fetch(const AttentionParams& params, int32 item) {
-  if (!params.queued) return item + params.blocks;
-  return params.blocks + atomic_count(params.arrivals, ~0u);
-}
+  WarpState state = begin(params, work);
+  if constexpr (config.skip_softmax) {
+    cp_async_wait<1>();  // Q and the seed; the first keys may still be on their way
+    sync_block();
+    publish_seed(state, item, seed);
+    sync_warp();  // nobody reads the seed's keys any more
+  }
+  if (item.deal.count > 1) item.request_keys(1, 1);
+  cp_async_commit();
+  if constexpr (!config.skip_softmax) cp_async_wait<2>();  // Q
+  sync_block();
+  if constexpr (config.skip_softmax) read_seeds(state, item);
 
-// Leave the counters as they were: the last block to leave knows that none fetches any more.
-DEVICE void leave(const AttentionParams& params) {
-  if (!params.queued || thread_index() != 0) return;
-  const uint32 last = params.blocks - 1;
-  if (atomic_count(params.arrivals + 1, last) == last) params.arrivals[0] = 0;
+  stream(state, item);
+  publish(state, shared);
+  sync_block();
+  if constexpr (config.skip_softmax) {
+    if (params.skip_counts) report(params, shared, work, item.keys);
+  }
+  finish(params, shared, work);
 }
 
 KERNEL void __launch_bounds__(config.threads(), config.blocks)
     decode(const __grid_constant__ AttentionParams params) {
   const Shared shared;
   const int64 load = params.splitting ? total_load<config.rows>(params) : 0;
-  DecodeWork work = find_decode_work<config.rows>(params, block_index(), load);
-  if (!work.exists) return leave(params);
-  Item item(params, work);
-  start(params, shared, item, 0);
-  for (int32 parity = 0;; parity ^= 1) {
-    WarpState state = begin(params, work);
-    if (thread_index() == 0) {
-      shared_store(shared.next, __builtin_bit_cast(float, fetch(params, work.item)));
-    }
-    run(state, params, shared, item, parity);
-    sync_block();  // all warps are done with their tiles
-    const int32 number = __builtin_bit_cast(int32, shared_load(shared.next));
-    const DecodeWork done = work;
-    const Range keys = item.keys;
-    work = find_decode_work<config.rows>(params, number, load);
-    if (work.exists) item = Item(params, work);
-    if (Shape::ahead && work.exists) start(params, shared, item, parity ^ 1);
-    publish(state, shared);
-    sync_block();
-    if constexpr (config.skip_softmax) {
-      if (params.skip_counts) report(params, shared, done, keys);
-    }
-    finish(params, shared, done);
-    if (!work.exists) return leave(params);
-    if constexpr (!Shape::ahead) {
-      sync_block();  // nobody reads the rings any more
-      start(params, shared, item, parity ^ 1);
-    }
+  for (int32 item = block_index();; item += params.blocks) {
+    const DecodeWork work = find_decode_work<config.rows>(params, item, load);
+    if (!work.exists) return;
+    run(params, shared, work);
+    sync_block();  // nobody reads shared memory any more
   }
 }

@@ -21,7 +21,7 @@ struct WarpParts {
 
   static DEVICE SharedAddress place(const Shared& shared, int32 warp, int32 row, int32 column) {
     // Rows 0 to 3 of a column pair lie in different banks.
-    return shared.slot(warp, Shape::merge_slot) + row * Shape::output_row_bytes +
+    return shared.rings + warp * Shape::ring_bytes + row * Shape::output_row_bytes +
            ((column ^ (row % 4 * 8)) * 4);
   }
   DEVICE PartialRow statistics(int32 warp) const {
@@ -87,7 +87,7 @@ DEVICE bool arrives_last(const AttentionParams& params, const DecodeShared<confi
   if (thread_index() == 0) {
     const int32 first = work.item - work.split * work.split_stride;
     const uint32 last = work.splits - 1;
-    const bool arrived = atomic_count(params.arrivals + reserved_counters + first, last) == last;
+    const bool arrived = atomic_count(params.arrivals + first, last) == last;
     shared_store(shared.counts + config.warps * 4, arrived ? 1.f : 0.f);
   }
   sync_block();

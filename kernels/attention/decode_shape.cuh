@@ -21,29 +21,22 @@ struct DecodeShape {
   static constexpr int32 slot_bytes = maximum(KTile::bytes, VTile::bytes);
   static constexpr int32 ring_bytes = slots * slot_bytes;
   static constexpr int32 output_row_bytes = config.head_dim_v * 4;
-
-  // O of a warp is merged where its ring is: in one slot if it fits, so that the other can take the
-  // first load of the next item meanwhile.
-  static constexpr bool ahead = config.rows * output_row_bytes <= slot_bytes;
-  static constexpr int32 first_slot = config.skip_softmax ? 1 : 0;  // a seed, or the first keys
-  static constexpr int32 merge_slot = ahead ? 1 - first_slot : 0;
-  static_assert(config.rows * output_row_bytes <= ring_bytes);
+  static_assert(config.rows * output_row_bytes <= ring_bytes, "O is merged where the ring was");
 };
 
 template <DecodeConfig config>
 struct DecodeShared {
   using Shape = DecodeShape<config>;
 
-  SharedAddress q, rings, rows, seeds, counts, next;
+  SharedAddress q, rings, rows, seeds, counts;
 
   DEVICE DecodeShared() {
     SharedCarver carver;
-    q = carver.take(2 * Shape::QTile::bytes, "q");  // of this item and of the next
+    q = carver.take(Shape::QTile::bytes, "q");
     rings = carver.take(config.warps * Shape::ring_bytes, "rings");
     rows = carver.take(config.warps * config.rows * 16, "rows");       // PartialRow
     seeds = carver.take(config.warps * config.rows * 8, "seeds", 16);  // maximum, mass
     counts = carver.take((config.warps + 1) * 4, "counts", 16);        // skipped; is last
-    next = carver.take(4, "next", 16);                                 // item
   }
   DEVICE SharedAddress slot(int32 warp, int32 index) const {
     return rings + warp * Shape::ring_bytes + index * Shape::slot_bytes;

@@ -21,7 +21,7 @@ struct DecodeRequest {
     q_start = request * params.q_len;
     q_len = params.q_len;
     if (params.cu_seqlens_q) {
-      const Range tokens = tokens_of(params.cu_seqlens_q, request, params.q_len);
+      const Range tokens = tokens_of(params.cu_seqlens_q, request, params.tokens);
       q_start = tokens.begin;
       q_len = tokens.end - tokens.begin;
     }

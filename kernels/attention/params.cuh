@@ -16,8 +16,6 @@ struct SplitRule {
   int32 alone;     // the load is that of the request alone
 };
 
-constexpr int32 reserved_counters = 2;  // in front of the arrivals
-
 // Of every attention kernel; what one has no use for is null or 0.
 struct AttentionParams {
   const void* q;               // [batch, q_len, q_heads, head_dim_qk] or [tokens, …]
@@ -37,7 +35,7 @@ struct AttentionParams {
   float* dropped_mass;      // as lse; may be null
   float* partial_out;       // [item][row][head_dim_v], decode only
   void* partial_rows;       // PartialRow [item][row], decode only
-  uint32* arrivals;         // next item, blocks that left, [item]; zero between calls, decode only
+  uint32* arrivals;         // [item], zero between calls, decode only
   Strides q_strides, k_strides, v_strides, out_strides, lse_strides;
   int64 block_table_stride;     // from request to request
   int64 threshold_strides[2];   // request, head
@@ -48,8 +46,8 @@ struct AttentionParams {
   int32 page_shift, pages;    // page_size = 1 << page_shift
   int32 causal, window_left;  // window_left < 0: no window
   SplitRule splits;           // decode only
-  int32 blocks;               // of the grid, decode only
-  int32 splitting, queued;  // whether requests may be cut; whether blocks fetch items, decode only
+  int32 tokens, blocks;       // of q in all; of the grid; decode only
+  int32 splitting;            // whether any request may be cut, decode only
   float scale, out_scale, soft_cap;
   float threshold;             // λ, or λ · kv_len, or the largest mass that a row may lose
   int32 threshold_per_length;  // λ = threshold / kv_len
