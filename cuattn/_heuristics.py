@@ -109,7 +109,8 @@ def _tile(
 # --- decode ---------------------------------------------------------------------------------------
 
 SLOT_BYTES = 12_288  # of keys or values, at most; two a warp are in flight
-WAVES = 4  # blocks in line for every place on a multiprocessor; more items than that share blocks
+WAVES = 4  # parts of the load for every place, where blocks are small
+LINE = 32  # blocks in line for every place; if there may be more items, blocks do several
 WARPS = 8  # of a block, and of one of two to a multiprocessor:
 SMALL_WARPS = 4
 MANY_ITEMS = 6  # to a multiprocessor
@@ -137,20 +138,20 @@ def decode(problem: Problem, device: Device) -> Plan:
     rule = SplitRule(share, smallest, alone)
     # No more parts of one load or more than there are loads, and of a request than its keys allow.
     most = min(max(loads // problem.kv_heads, 1), max(_most_keys(problem) // smallest, 1))
-    items = whole * most if alone else min(whole * most, whole + loads + problem.kv_heads)
-    if not problem.tokens:
-        items = 0
-    sizes = (items * rows * problem.head_dim_v * 4, items * rows * 16, items * 4)
+    more = whole * (most - 1)
+    items = whole + (more if alone else min(more, loads + problem.kv_heads))
+    sizes = (items * rows * problem.head_dim_v * 4, items * rows * 16, whole * 4)
     return Plan(
         kernel="decode",
         config=config,
         q_blocks=row_blocks,
-        grid=(min(items, WAVES * places), 1, 1),
+        grid=(min(items, LINE * places) if problem.tokens else 0, 1, 1),
         threads=config.threads,
         shared_memory=config.shared_memory,
         geometry=DecodeGeometry(rows, config.block_kv, config.warps, rule),
         reason=f"{config.warps} warps, {config.blocks} blocks a multiprocessor, "
         f"at most {most} splits",
+        items=items,
         partials=sizes if most > 1 else (0, 0, 0),
     )
 

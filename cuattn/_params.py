@@ -45,7 +45,7 @@ INTEGERS = (
     "causal",
     "window_left",
 )
-MORE = ("tokens", "blocks", "splitting")
+MORE = ("kv_heads", "items", "splitting")
 FLOATS = ("scale", "out_scale", "soft_cap", "threshold")
 FLAGS = ("threshold_per_length", "unsafe")
 
@@ -99,8 +99,8 @@ def pack_rest(
         problem.causal,
         problem.window_left,
         *(splits.share, splits.smallest, splits.alone),
-        problem.tokens,
-        plan.grid[0],
+        problem.kv_heads,
+        plan.items,
         any(plan.partials),
         scale,
         out_scale,

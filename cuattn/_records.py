@@ -160,6 +160,7 @@ class Plan:
     shared_memory: int  # bytes
     geometry: Any  # Geometry, DecodeGeometry
     reason: str
+    items: int = 0  # that blocks take one by one, at most; decode only
     partials: tuple[int, int, int] = (0, 0, 0)  # bytes of partial_out, partial_rows, arrivals
 
     @property

@@ -266,7 +266,8 @@ DEVICE void stream(WarpState& state, Item& item) {
   }
 }
 
-DEVICE void run(const AttentionParams& params, const Shared& shared, const DecodeWork& work) {
+DEVICE void run(const AttentionParams& params, const Shared& shared,
+                const DecodeSchedule<config.rows>& schedule, const DecodeWork& work) {
   Item item(params, shared, work);
   const int32 outer = params.cu_seqlens_q ? 0 : work.request;
   const int32 q_row = params.cu_seqlens_q ? work.q_start : 0;
@@ -315,17 +316,17 @@ DEVICE void run(const AttentionParams& params, const Shared& shared, const Decod
   if constexpr (config.skip_softmax) {
     if (params.skip_counts) report(params, shared, work, item.keys);
   }
-  finish(params, shared, work);
+  finish(params, shared, schedule, work);
 }
 
 KERNEL void __launch_bounds__(config.threads(), config.blocks)
     decode(const __grid_constant__ AttentionParams params) {
   const Shared shared;
-  const int64 load = params.splitting ? total_load<config.rows>(params) : 0;
-  for (int32 item = block_index();; item += params.blocks) {
-    const DecodeWork work = find_decode_work<config.rows>(params, item, load);
-    if (!work.exists) return;
-    run(params, shared, work);
+  const DecodeSchedule<config.rows> schedule(params);
+  for (int32 item = block_index(); item < params.items; item += grid_size()) {
+    const DecodeWork work = schedule.find(item);
+    if (!work.exists) continue;
+    run(params, shared, schedule, work);
     sync_block();  // nobody reads shared memory any more
   }
 }

@@ -105,10 +105,9 @@ def test_every_number_is_packed_in_its_place() -> None:
         out_dtype="float16",
         out_shape=(7, 24, 80),
         lse_shape=(7, 24),
-        tokens=91,
     )
     geometry = DecodeGeometry(16, 32, 4, SplitRule(0.125, 202, True))
-    plan = Plan("fmha_sm80", FmhaConfig(), 19, (17, 1, 1), 32, 0, geometry, "", (1, 2, 3))
+    plan = Plan("fmha_sm80", FmhaConfig(), 19, (17, 1, 1), 32, 0, geometry, "", 92, (1, 2, 3))
     packed = bytes(8 * len(_params.POINTERS)) + _params.pack_rest(
         problem,
         plan,
@@ -147,8 +146,8 @@ def test_every_number_is_packed_in_its_place() -> None:
         "splits.share": (0.125,),
         "splits.smallest": (202,),
         "splits.alone": (1,),
-        "tokens": (91,),
-        "blocks": (17,),
+        "kv_heads": (8,),
+        "items": (92,),
         "splitting": (1,),
         "scale": (0.5,),
         "out_scale": (0.25,),

@@ -85,9 +85,8 @@ DEVICE bool arrives_last(const AttentionParams& params, const DecodeShared<confi
                          const DecodeWork& work) {
   sync_block();  // all warps have written their rows
   if (thread_index() == 0) {
-    const int32 first = work.item - work.split * work.split_stride;
     const uint32 last = work.splits - 1;
-    const bool arrived = atomic_count(params.arrivals + first, last) == last;
+    const bool arrived = atomic_count(params.arrivals + work.place, last) == last;
     shared_store(shared.counts + config.warps * 4, arrived ? 1.f : 0.f);
   }
   sync_block();
@@ -97,32 +96,38 @@ DEVICE bool arrives_last(const AttentionParams& params, const DecodeShared<confi
 // Merge the warps' results, and write O, or this split's part of it; the last split merges all.
 template <DecodeConfig config>
 DEVICE void finish(const AttentionParams& params, const DecodeShared<config>& shared,
-                   const DecodeWork& work) {
+                   const DecodeSchedule<config.rows>& schedule, const DecodeWork& work) {
   using Output = Element<config.output>;
-  const auto place_of = [&](int32 row) {
+  const auto query_row = [&](int32 row) {
     const int32 index = work.first_row + row;
     return QueryRow{work.request, work.q_start, index / params.group,
                     work.kv_head * params.group + index % params.group};
   };
-  const auto parts_of = [&](int32 row, int32 item) {
-    const int64 index = int64(item) * config.rows + row;
-    return GlobalParts{.out = params.partial_out + index * params.head_dim_v,
-                       .rows = static_cast<PartialRow*>(params.partial_rows) + index,
-                       .stride = int64(work.split_stride) * config.rows,
-                       .columns = params.head_dim_v};
+  for (int32 row = warp_index(); work.splits == 1 && row < work.rows; row += config.warps) {
+    write_row<Output>(params, query_row(row),
+                      merge_row<config.head_dim_v>(WarpParts<config>{shared, row}, config.warps));
+  }
+  if (work.splits == 1) return;
+
+  // Items of the other splits: after the first ones, and after those of the requests before.
+  const int32 step = schedule.row_blocks(DecodeRequest(params, work.request)) * params.kv_heads;
+  const int32 second = schedule.first_items() + schedule.more_items_before(work.request) +
+                       work.kv_head * (step / params.kv_heads) + work.first_row / config.rows;
+  const auto parts = [&](int32 row) {
+    return GlobalParts{.out = params.partial_out,
+                       .rows = static_cast<PartialRow*>(params.partial_rows),
+                       .columns = params.head_dim_v,
+                       .first = int64(work.place) * config.rows + row,
+                       .second = int64(second) * config.rows + row,
+                       .stride = int64(step) * config.rows};
   };
   for (int32 row = warp_index(); row < work.rows; row += config.warps) {
     const auto merged = merge_row<config.head_dim_v>(WarpParts<config>{shared, row}, config.warps);
-    if (work.splits == 1) {
-      write_row<Output>(params, place_of(row), merged);
-    } else {
-      parts_of(row, work.item).store(merged, 0);
-    }
+    parts(row).store(merged, work.split);
   }
-  if (work.splits == 1 || !arrives_last(params, shared, work)) return;
-  const int32 first = work.item - work.split * work.split_stride;
+  if (!arrives_last(params, shared, work)) return;
   for (int32 row = warp_index(); row < work.rows; row += config.warps) {
-    write_row<Output>(params, place_of(row),
-                      merge_row<config.head_dim_v>(parts_of(row, first), work.splits));
+    write_row<Output>(params, query_row(row),
+                      merge_row<config.head_dim_v>(parts(row), work.splits));
   }
 }

@@ -4,13 +4,15 @@
 //            of `block_rows`
 //   splits   the keys of a request are shared out among blocks, if it has more of them than a block
 //            has to do on average
-//   items    one block of rows, one kv head, one split; numbered by request, split, head, rows
+//   items    one block of rows, one kv head, one split: first all with split 0, which are found at
+//            once, then what the other splits of long requests add
 //   tiles    counted from the last one down, tile i goes to split i % splits and, there, to warp
 //            i / splits % warps: heavy tiles lie together, and so everybody has some of them
 #pragma once
 
 #include <attention/mask.cuh>
 #include <attention/schedule.cuh>
+#include <ptx/redux.cuh>
 
 // A request's tokens and keys, as they are now on the device.
 struct DecodeRequest {
@@ -21,7 +23,7 @@ struct DecodeRequest {
     q_start = request * params.q_len;
     q_len = params.q_len;
     if (params.cu_seqlens_q) {
-      const Range tokens = tokens_of(params.cu_seqlens_q, request, params.tokens);
+      const Range tokens = tokens_of(params.cu_seqlens_q, request, params.q_len);
       q_start = tokens.begin;
       q_len = tokens.end - tokens.begin;
     }
@@ -67,7 +69,7 @@ struct DecodeWork {
   int32 request, kv_head, split, splits;
   int32 first_row, rows;         // of the block; the first counted in the request
   int32 q_start, q_len, kv_len;  // of the request
-  int32 item, split_stride;      // its number; how many further on the next split's is
+  int32 place;                   // of its rows and kv head among all
   bool exists;
 
   DEVICE RowVisibility visibility(const AttentionParams& params) const {
@@ -75,46 +77,78 @@ struct DecodeWork {
   }
 };
 
-// Find item number `item`; `load` is the total, if requests may be cut.
+// How requests are cut, which no block decides alone.
 template <int32 block_rows>
-DEVICE DecodeWork find_decode_work(const AttentionParams& params, int32 item, int64 load) {
-  const int32 kv_heads = params.q_heads / params.group;
-  const auto splits = [&](const DecodeRequest& here) {
-    if (!params.splitting) return 1;
-    const int64 own = int64(here.keys) * here.row_blocks<block_rows>(params);
-    return splits_of(params.splits, here.keys, params.splits.alone ? own : load);
-  };
-  const auto items_of = [&](int32 request) {
-    const DecodeRequest here(params, request);
-    return here.row_blocks<block_rows>(params) * splits(here) * kv_heads;
-  };
-  DecodeWork work{.item = item};
-  int32 slot = item;  // inside the request
-  if (!params.splitting && !params.cu_seqlens_q) {
-    const int32 items = ceil_div(params.q_len * params.group, block_rows) * kv_heads;
-    work.request = item / items;
-    slot = item % items;
-    work.exists = work.request < params.batch;
-  } else {
-    work.exists = find_request(params.batch, items_of, work.request, slot);
+struct DecodeSchedule {
+  const AttentionParams& params;
+  const int64 load;  // of all requests
+
+  DEVICE DecodeSchedule(const AttentionParams& params)
+      : params(params),
+        load(params.splitting && !params.splits.alone ? total_load<block_rows>(params) : 0) {}
+
+  // With split 0; where requests have unequal lengths, some do not exist.
+  DEVICE int32 first_items() const { return params.q_blocks * params.kv_heads; }
+
+  DEVICE int32 row_blocks(const DecodeRequest& request) const {
+    return ceil_div(request.q_len * params.group, block_rows);
   }
-  if (!work.exists) return work;
-  work.request = warp_uniform(work.request);
-  slot = warp_uniform(slot);
-  const DecodeRequest here(params, work.request);
-  work.q_start = warp_uniform(here.q_start);
-  work.q_len = warp_uniform(here.q_len);
-  work.kv_len = warp_uniform(here.kv_len);
-  work.splits = warp_uniform(splits(here));
-  // Blocks of rows that read the same keys lie next to each other, then heads, then splits.
-  const int32 rows = work.q_len * params.group, row_blocks = ceil_div(rows, block_rows);
-  work.first_row = slot % row_blocks * block_rows;
-  work.rows = minimum(rows - work.first_row, block_rows);
-  work.kv_head = slot / row_blocks % kv_heads;
-  work.split = slot / row_blocks / kv_heads;
-  work.split_stride = row_blocks * kv_heads;
-  return work;
-}
+  DEVICE int32 splits(const DecodeRequest& request) const {
+    if (!params.splitting) return 1;
+    const int64 own = int64(request.keys) * row_blocks(request);
+    return splits_of(params.splits, request.keys, params.splits.alone ? own : load);
+  }
+  // Items of a request beyond those with split 0.
+  DEVICE int32 more_items(int32 request) const {
+    const DecodeRequest here(params, request);
+    return row_blocks(here) * params.kv_heads * (splits(here) - 1);
+  }
+  // The same of all requests before.
+  DEVICE int32 more_items_before(int32 request) const {
+    int32 items = 0;
+    for (int32 other = lane_index(); other < request; other += warp_size)
+      items += more_items(other);
+    return redux_add(items);
+  }
+
+  DEVICE DecodeWork find(int32 item) const {
+    DecodeWork work{.exists = true};
+    int32 slot = item, heads = params.kv_heads;  // slot: inside the request
+    const bool more = item >= first_items();
+    if (more || params.cu_seqlens_q) {
+      const auto items_of = [&](int32 request) {
+        return more ? more_items(request)
+                    : row_blocks(DecodeRequest(params, request)) * params.kv_heads;
+      };
+      slot -= more ? first_items() : 0;
+      work.exists = find_request(params.batch, items_of, work.request, slot);
+      if (!work.exists) return work;
+      work.request = warp_uniform(work.request);
+      slot = warp_uniform(slot);
+    } else {
+      heads = ceil_div(params.q_len * params.group, block_rows) * params.kv_heads;
+      work.request = slot / heads;
+      slot %= heads;
+    }
+    const DecodeRequest here(params, work.request);
+    work.q_start = warp_uniform(here.q_start);
+    work.q_len = warp_uniform(here.q_len);
+    work.kv_len = warp_uniform(here.kv_len);
+    work.splits = warp_uniform(splits(here));
+    // Blocks of rows that read the same keys lie next to each other, then heads, then splits.
+    const int32 blocks = row_blocks(here), block = slot % blocks, rest = slot / blocks;
+    work.kv_head = rest % params.kv_heads;
+    work.split = rest / params.kv_heads + more;
+    work.first_row = block * block_rows;
+    work.rows = minimum(work.q_len * params.group - work.first_row, block_rows);
+    // Requests of unequal lengths have a block more than their rows fill, at most.
+    const int32 before = params.cu_seqlens_q
+                             ? work.q_start * params.group / block_rows + work.request
+                             : work.request * blocks;
+    work.place = (before + block) * params.kv_heads + work.kv_head;
+    return work;
+  }
+};
 
 // One warp's tiles, in its order.
 struct TileDeal {

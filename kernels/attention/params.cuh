@@ -35,7 +35,7 @@ struct AttentionParams {
   float* dropped_mass;      // as lse; may be null
   float* partial_out;       // [item][row][head_dim_v], decode only
   void* partial_rows;       // PartialRow [item][row], decode only
-  uint32* arrivals;         // [item], zero between calls, decode only
+  uint32* arrivals;         // [q_blocks][kv_heads], zero between calls, decode only
   Strides q_strides, k_strides, v_strides, out_strides, lse_strides;
   int64 block_table_stride;     // from request to request
   int64 threshold_strides[2];   // request, head
@@ -46,8 +46,9 @@ struct AttentionParams {
   int32 page_shift, pages;    // page_size = 1 << page_shift
   int32 causal, window_left;  // window_left < 0: no window
   SplitRule splits;           // decode only
-  int32 tokens, blocks;       // of q in all; of the grid; decode only
-  int32 splitting;            // whether any request may be cut, decode only
+  int32 kv_heads;             // decode only, as what follows
+  int32 items;                // at most
+  int32 splitting;            // whether any request may be cut
   float scale, out_scale, soft_cap;
   float threshold;             // λ, or λ · kv_len, or the largest mass that a row may lose
   int32 threshold_per_length;  // λ = threshold / kv_len

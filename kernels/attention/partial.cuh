@@ -84,31 +84,33 @@ DEVICE WarpRow<columns> merge_row(const Parts& parts, int32 count) {
   return merged;
 }
 
-// A row's parts in global memory, `stride` rows of `columns` floats apart.
+// A row's parts in global memory: part 0 is row `first`, the others are rows `second`, `second` +
+// `stride`, …
 struct GlobalParts {
-  float* out;  // part 0
+  float* out;
   PartialRow* rows;
-  int64 stride;
   int32 columns;
+  int64 first, second, stride;
 
-  DEVICE PartialRow statistics(int32 part) const { return rows[part * stride]; }
+  DEVICE int64 row(int32 part) const { return part == 0 ? first : second + (part - 1) * stride; }
+
+  DEVICE PartialRow statistics(int32 part) const { return rows[row(part)]; }
   DEVICE void load(float (&values)[4], int32 part, int32 column) const {
     if (column >= columns) return;
     const FourFloats four =
-        *reinterpret_cast<const FourFloats*>(out + part * stride * columns + column);
+        *reinterpret_cast<const FourFloats*>(out + row(part) * columns + column);
     for (int32 i = 0; i < 4; ++i) values[i] = four.values[i];
   }
 
   // Write this row's part number `part`; the values of one that kept nothing are never read.
   template <int32 padded_columns>
   DEVICE void store(const WarpRow<padded_columns>& merged, int32 part) const {
-    if (lane_index() == 0) rows[part * stride] = merged.row;
+    if (lane_index() == 0) rows[row(part)] = merged.row;
     if (merged.row.maximum == -infinity()) return;
 #pragma unroll
     for (int32 chunk = 0; chunk < merged.chunks; ++chunk) {
       const int32 column = chunk * 128 + lane_index() * 4;
-      if (column < columns)
-        store_four(out + part * stride * columns + column, merged.values[chunk]);
+      if (column < columns) store_four(out + row(part) * columns + column, merged.values[chunk]);
     }
   }
 };

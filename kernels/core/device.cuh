@@ -11,6 +11,7 @@ constexpr uint32 full_warp = 0xffffffffu;
 
 DEVICE int32 thread_index() { return threadIdx.x; }
 DEVICE int32 block_index() { return blockIdx.x; }
+DEVICE int32 grid_size() { return gridDim.x; }  // blocks
 DEVICE int32 lane_index() { return threadIdx.x % warp_size; }
 
 // A number that is the same in all lanes, made known to be so: it may then live in a uniform

@@ -10,6 +10,7 @@ constexpr uint32 full_warp = 0xffffffffu;
 
 DEVICE int32 thread_index() { return emulator::current->thread; }
 DEVICE int32 block_index() { return emulator::current->block; }
+DEVICE int32 grid_size() { return emulator::current->blocks; }
 DEVICE int32 lane_index() { return thread_index() % warp_size; }
 
 // Checked: a kernel promises that all lanes have the same value.
