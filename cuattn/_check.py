@@ -11,6 +11,7 @@ import math
 import operator
 import re
 from dataclasses import replace
+from functools import lru_cache
 from numbers import Real
 from typing import Any, NamedTuple
 
@@ -251,14 +252,23 @@ def cache_parts(kv_cache: Any) -> tuple[Any, ...]:
 def split_cache(cache: View) -> tuple[View, View]:
     """Return the k and v halves of one ``[pages, 2, …]`` cache, in the caller's layout."""
     pointer, shape, strides, dtype, *rest = cache
+    *half, step = _half(shape, strides, dtype)
+    # NOTE: called every time; `_replace` would cost 3 µs more.
+    k = tuple.__new__(View, (pointer, *half, *rest))
+    return k, tuple.__new__(View, (pointer + step, *half, *rest))
+
+
+@lru_cache(maxsize=256)
+def _half(
+    shape: tuple[int, ...], strides: tuple[int, ...], dtype: str
+) -> tuple[tuple[int, ...], tuple[int, ...], str, int]:
+    """Return shape, strides and dtype of one half, and the bytes between the two."""
     if len(shape) != 5 or shape[1] != 2:
         raise ValueError(
             f"kv_cache has shape {shape}; wanted 5 axes [pages, 2, …], or a pair of 4-D arrays"
         )
-    half = (shape[:1] + shape[2:], strides[:1] + strides[2:], dtype, *rest)
     step = strides[1] * ITEMSIZE.get(dtype, 1)
-    # NOTE: called every time; `_replace` would cost 3 µs more.
-    return tuple.__new__(View, (pointer, *half)), tuple.__new__(View, (pointer + step, *half))
+    return shape[:1] + shape[2:], strides[:1] + strides[2:], dtype, step
 
 
 def page_views(k: View, v: View, layout: str) -> tuple[View, View]:
