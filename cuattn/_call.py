@@ -371,7 +371,8 @@ def _planned(asked: _Asked, device: Device) -> tuple[Problem, Plan, bytes]:
         batch_invariant=keywords.batch_invariant,
     )
     missing = (None,) * (len(form.arrays) - len(views))
-    problem = form.check(*views, *missing, *(() if layout is None else (layout,)), options)
+    of_cache = (layout,) if "block_tables" in form.arrays else ()
+    problem = form.check(*views, *missing, *of_cache, options)
     plan = form.plan(problem, device)
     out, lse = optional.out, optional.lse
     scale = problem.head_dim_qk**-0.5 if keywords.scale is None else keywords.scale

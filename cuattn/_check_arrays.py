@@ -24,8 +24,7 @@ def inputs(q: View, k: View, v: View, *, rank: int, wanted: str, cache: bool = F
     for name, view in (("q", q), (k_name, k), (v_name, v)):
         if view.dtype.startswith("float8"):
             raise TypeError(
-                f"{name} is {view.dtype}, not supported by prefill yet; wanted "
-                f"{' or '.join(INPUT_DTYPES)}"
+                f"{name} is {view.dtype}, not supported yet; wanted {' or '.join(INPUT_DTYPES)}"
             )
         if view.dtype not in INPUT_DTYPES:
             raise TypeError(f"{name} is {view.dtype}; wanted {' or '.join(INPUT_DTYPES)}")

@@ -30,6 +30,7 @@ from cuattn._records import DecodeGeometry, Device, Geometry, SkipMode
 
 Array = NDArray[Any]
 
+HUGE_BYTES = 9 << 30
 GUARD = 256  # elements before and behind a result that must stay as they are
 
 
@@ -242,6 +243,23 @@ TURNS: tuple[dict[str, Any], ...] = (
 @pytest.fixture(scope="session")
 def gpu() -> Gpu:
     return Gpu()
+
+
+@pytest.fixture
+def huge(gpu: Any) -> Any:
+    """9 GiB of the device, every byte of it NaN; given back after the test."""
+    import cupy
+
+    pool = cupy.get_default_memory_pool()
+    pool.free_all_blocks()
+    free = cupy.cuda.runtime.memGetInfo()[0]
+    if free < HUGE_BYTES + (1 << 30):
+        pytest.skip(f"the device has {free >> 20} MiB free; 10 GiB are wanted")
+    memory = cupy.empty(HUGE_BYTES, "uint8")
+    memory.fill(0xFF)
+    yield memory
+    del memory
+    pool.free_all_blocks()
 
 
 @pytest.fixture

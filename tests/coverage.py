@@ -45,6 +45,7 @@ def compile_for_gcov(folder: Path) -> None:
 def run_cases(folder: Path) -> None:
     """Run the race cases, which between them reach every branch."""
     import test_append_kv
+    import test_emulator_decode
     import test_emulator_prefill as tests
     import test_merge_states
     import test_validate
@@ -60,7 +61,7 @@ def run_cases(folder: Path) -> None:
         with emulator.enabled():
             function = getattr(cuattn, call.function)
             function(*call.arrays, **call.options, skip_softmax=skip, return_lse=True)
-    for module in (test_append_kv, test_merge_states, test_validate):
+    for module in (test_emulator_decode, test_append_kv, test_merge_states, test_validate):
         module.run_races()
 
 

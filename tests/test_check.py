@@ -228,7 +228,10 @@ BATCHED = [
     ({"k": array(9, 2, 64)}, r"k has shape \(9, 2, 64\); wanted 4 axes"),
     ({"v": array()}, r"v has shape \(\); wanted 4 axes"),
     ({"q": Q._replace(dtype="float32")}, "q is float32; wanted bfloat16 or float16"),
-    ({"q": Q._replace(dtype="float8_e4m3fn")}, "q is float8_e4m3fn, not supported by prefill yet"),
+    (
+        {"q": Q._replace(dtype="float8_e4m3fn")},
+        "q is float8_e4m3fn, not supported yet; wanted bfloat16",
+    ),
     ({"v": V._replace(dtype="float8_e5m2")}, "v is float8_e5m2, not .* yet; wanted bfloat16 or fl"),
     ({"k": K._replace(dtype="float16")}, "k is float16; wanted q's bfloat16"),
     ({"v": V._replace(dtype="int32")}, "v is int32; wanted bfloat16 or float16"),

@@ -1,18 +1,20 @@
-"""Faults planted in the real prefill kernel: each must be reported, or change the result."""
+"""Faults planted in the real attention kernels: each must be reported, or change the result."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import pytest
-from cases import Case, batched
+from cases import Call, Case, batched
 from conformance import hopper, on_emulator
+from decode_cases import DecodeCase, decode_call, problem_of_decode
 
 import cuattn
-from cuattn import _sources, emulator
+from cuattn import _device, _heuristics, _sources, emulator
 
 pytestmark = pytest.mark.emulator
 
@@ -25,6 +27,12 @@ SYNCHRONISATION = re.compile(
 
 # Deletions that change nothing, and why: (file, call, number) → reason.
 SURVIVORS = {
+    (
+        "attention/decode_merge.cuh",
+        "sync_block",
+        0,
+    ): "it orders what blocks write to global memory, "
+    "and the emulator's blocks run one after the other",
     ("hopper", "wgmma_wait<0>", 1): "it is reached only when a planted fault took out the first",
 }
 
@@ -32,6 +40,25 @@ SURVIVORS = {
 WITHOUT = {"append_kv.cu", "merge_states.cu", "validate.cu"}
 
 CALL = batched(Case(lengths=((100, 170),), q_heads=2, kv_heads=1))
+# Many blocks do a whole request and then a part of the long one, of which a warp has several tiles.
+DECODE = decode_call(
+    DecodeCase(
+        lengths=((1, 30), (1, 70), (1, 200), (1, 4000)), q_heads=4, data="structured", scale=0.25
+    )
+)
+# 32 rows: O is longer than a slot, so that it is merged where both slots were.
+TALL = decode_call(replace(DECODE.case, q_heads=48))
+SMALL = replace(_device.EMULATOR, multiprocessors=1)
+
+# A fault of a kernel must show in one of these; those that show the most come first.
+CALLS: dict[str, tuple[tuple[Call, dict[str, Any] | None], ...]] = {
+    "fmha_sm80.cu": ((CALL, None),),
+    "decode.cu": (
+        (DECODE, {"threshold": 0.01}),
+        (TALL, None),
+        (DECODE, {"max_dropped_mass": 0.3}),
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -42,14 +69,23 @@ class Outcome:
     counts: emulator.Counts
 
 
-def launch(sources: _sources.Sources, race: bool = False) -> Outcome:
-    with emulator.enabled(race=race, sources=sources) as launches:
-        out = cuattn.prefill(*CALL.arrays, **CALL.options)
+def launch(
+    sources: _sources.Sources,
+    race: bool = False,
+    call: Call = CALL,
+    skip: dict[str, Any] | None = None,
+) -> Outcome:
+    with emulator.enabled(race=race, sources=sources, device=SMALL) as launches:
+        out = getattr(cuattn, call.function)(
+            *call.arrays,
+            **call.options,
+            skip_softmax=None if skip is None else cuattn.SkipSoftmax(**skip),
+        )
     return Outcome(out, launches[0])
 
 
-def error(result: Outcome) -> float:
-    worst = np.abs(result.out.astype(np.float64) - CALL.reference().out).max()
+def error(result: Outcome, call: Call = CALL) -> float:
+    worst = np.abs(result.out.astype(np.float64) - call.reference().out).max()
     return float(np.nan_to_num(worst, nan=np.inf))
 
 
@@ -61,6 +97,10 @@ class Mutant:
     call: str
     number: int  # among the file's calls of this name
     span: tuple[int, int]
+
+    @property
+    def name(self) -> str:
+        return f"{self.file}-{self.call}-{self.number}"
 
     def of(self, text: str) -> str:
         return text[: self.span[0]] + ";" + text[self.span[1] :]
@@ -79,8 +119,25 @@ def mutants(texts: Mapping[str, str]) -> Iterator[Mutant]:
             seen[call] = seen.get(call, 0) + 1
 
 
-def test_unchanged_kernel_is_clean() -> None:
-    assert error(launch(_sources.read(), race=True)) < 0.02
+@pytest.mark.parametrize("kernel", CALLS)
+def test_unchanged_kernel_is_clean(kernel: str) -> None:
+    for call, skip in CALLS[kernel]:
+        result = launch(_sources.read(), race=True, call=call, skip=skip)
+        assert skip or error(result, call) < 0.02
+
+
+@pytest.mark.parametrize("call", [DECODE, TALL], ids=lambda call: call.case.id)
+def test_decode_calls_have_splits_and_blocks_of_several_items(call: Call) -> None:
+    """Else the end of the loop over items, and the merging of splits, would go unseen."""
+    plan = _heuristics.decode(problem_of_decode(call), SMALL)
+    lengths = call.arrays[3]
+    row_blocks = plan.q_blocks // len(lengths)
+    load = row_blocks * int(lengths.sum())
+    splits = [plan.geometry.splits.splits(int(n), load) for n in lengths]
+    assert splits[-1] > 1
+    assert sum(splits) * call.case.kv_heads * row_blocks > plan.grid[0]
+    lanes = splits[-1] * plan.geometry.warps
+    assert lengths[-1] > 2 * lanes * plan.geometry.block_kv, "no slot is used again"
 
 
 KERNELS = {n: t for n, t in _sources.read().items() if not n.startswith(("core/", "ptx/"))}
@@ -92,26 +149,46 @@ REPORT = (
 )
 
 
-def name_of(mutant: Mutant) -> str:
-    return f"{mutant.file}-{mutant.call}-{mutant.number}"
+def included(file: str) -> set[str]:
+    """A file and all that it includes."""
+    found, left = set(), [file]
+    while left:
+        found.add(name := left.pop())
+        left += set(re.findall(r"#include <(.+)>", KERNELS.get(name, ""))) - found
+    return found
 
 
-def run_mutant(mutant: Mutant) -> None:
-    if mutant.file == "hopper":
+# What is shared is run with every kernel that includes it.
+RUNS = [
+    *(
+        (mutant, kernel)
+        for kernel in CALLS
+        for mutant in MUTANTS
+        if mutant.file in included(kernel)
+    ),
+    *((mutant, "hopper") for mutant in HOPPER),
+]
+
+
+def run_mutant(mutant: Mutant, kernel: str) -> None:
+    if kernel == "hopper":
         on_emulator.run(replace(hopper.case(), source=mutant.of(hopper.SOURCE)), race=True)
-    else:
-        launch(mutant.sources(), race=True)
+        return
+    for call, skip in CALLS[kernel]:
+        launch(mutant.sources(), race=True, call=call, skip=skip)
 
 
-@pytest.mark.parametrize("mutant", [*MUTANTS, *HOPPER], ids=name_of)
-def test_missing_synchronisation_is_reported(mutant: Mutant) -> None:
+@pytest.mark.parametrize(
+    ("mutant", "kernel"), RUNS, ids=lambda x: x if isinstance(x, str) else x.name
+)
+def test_missing_synchronisation_is_reported(mutant: Mutant, kernel: str) -> None:
     """`hopper` is `conformance/hopper.py`: TMA, mbarriers, wgmma, proxy fences."""
     reason = SURVIVORS.get((mutant.file, mutant.call, mutant.number))
     if reason is not None:
-        run_mutant(mutant)
+        run_mutant(mutant, kernel)
         pytest.xfail(f"survives: {reason}")
     with pytest.raises(emulator.EmulatorError, match=REPORT):
-        run_mutant(mutant)
+        run_mutant(mutant, kernel)
 
 
 def test_survivors_and_kernels_are_there() -> None:
@@ -120,6 +197,7 @@ def test_survivors_and_kernels_are_there() -> None:
     kernels = {name for name in _sources.read() if name.endswith(".cu")}
     synchronised = {mutant.file for mutant in MUTANTS if mutant.file.endswith(".cu")}
     assert synchronised == kernels - WITHOUT, "a kernel without a synchronisation?"
+    assert {mutant for mutant, _ in RUNS} == {*MUTANTS, *HOPPER}, "a mutant that no call runs"
 
 
 def planted(file: str, pattern: str, new: str) -> dict[str, str]:

@@ -137,7 +137,7 @@ def test_what_is_no_stream_is_refused(gpu: Any, wrong: Any) -> None:
 class Captured:
     """A call captured on a stream, with its results, ready to be replayed."""
 
-    def __init__(self, gpu: Any, call: Call, **more: Any) -> None:
+    def __init__(self, gpu: Any, call: Call, on: Any = None, **more: Any) -> None:
         import cupy
 
         import cuattn
@@ -153,7 +153,7 @@ class Captured:
         def run() -> None:
             function(*self.arrays, **self.options, out=self.out, lse=self.lse)
 
-        self.stream = cupy.cuda.Stream(non_blocking=True)
+        self.stream = on or cupy.cuda.Stream(non_blocking=True)
         with self.stream:
             run()  # compiled and loaded before the capture
             self.stream.begin_capture()

@@ -15,30 +15,12 @@ import numpy as np
 import pytest
 from cases import USUAL, Call, Case, batched, numpy_skip, paged, ragged
 from compare import assert_close, assert_same_bits
-
-HUGE_BYTES = 9 << 30
+from conftest import HUGE_BYTES
 
 
 def words(array: Any) -> Any:
     """An array's bits as integers, which CuPy can copy whatever the dtype."""
     return array.view(f"u{array.dtype.itemsize}")
-
-
-@pytest.fixture
-def huge(gpu: Any) -> Any:
-    """9 GiB of the device, every byte of it NaN; given back after the test."""
-    import cupy
-
-    pool = cupy.get_default_memory_pool()
-    pool.free_all_blocks()
-    free = cupy.cuda.runtime.memGetInfo()[0]
-    if free < HUGE_BYTES + (1 << 30):
-        pytest.skip(f"the device has {free >> 20} MiB free; 10 GiB are wanted")
-    memory = cupy.empty(HUGE_BYTES, "uint8")
-    memory.fill(0xFF)
-    yield memory
-    del memory
-    pool.free_all_blocks()
 
 
 @pytest.mark.parametrize("layout", ["HND", "NHD"])

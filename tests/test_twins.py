@@ -5,9 +5,12 @@ NVRTC itself is asked: a `static_assert` per field is compiled with the headers 
 
 from __future__ import annotations
 
+import itertools
 import struct
 from dataclasses import fields, replace
+from typing import Any
 
+import numpy as np
 import pytest
 from cases import (
     BATCHED,
@@ -21,9 +24,10 @@ from cases import (
     problem_of,
     ragged,
 )
+from decode_cases import DECODE, SKIP_DECODE, DecodeCase, decode_call, problem_of_decode
 
-from cuattn import _compile, _heuristics, _params, _sources
-from cuattn._config import FmhaConfig
+from cuattn import _compile, _heuristics, _params, _sources, emulator
+from cuattn._config import DecodeConfig, FmhaConfig
 from cuattn._records import (
     DecodeGeometry,
     Device,
@@ -37,6 +41,7 @@ from cuattn._records import (
 H200 = Device(0, "NVIDIA H200", (9, 0), "sm_90a", 132, 232448)
 OFFSET = "__INTADDR__(&((AttentionParams*)0)->{})"  # NVRTC has no offsetof
 CONFIGURATIONS = 60  # compiled once each; about a second apiece
+DECODE_CONFIGURATIONS = 40
 
 
 def offsets() -> dict[str, tuple[int, str]]:
@@ -158,28 +163,33 @@ def test_every_number_is_packed_in_its_place() -> None:
     }
 
 
-def field_checks(name: str, config: FmhaConfig) -> list[str]:
+def field_checks(name: str, config: FmhaConfig | DecodeConfig) -> list[str]:
     """`static_assert` conditions that each field has the value of the Python record."""
     literals = dict(part.split("=") for part in config.define().split(", "))
     return [f"{name}{field} == {value}" for field, value in literals.items()]
 
 
-def test_configurations_have_the_same_fields_and_defaults() -> None:
-    checks = field_checks("FmhaConfig{}", FmhaConfig())
-    assert len(checks) == len(fields(FmhaConfig))
+@pytest.mark.parametrize("record", [FmhaConfig, DecodeConfig])
+def test_configurations_have_the_same_fields_and_defaults(record: Any) -> None:
+    checks = field_checks(f"{record.__name__}{{}}", record())
+    assert len(checks) == len(fields(record))
     compile_asserts(checks, head="#include <attention/config.cuh>")
 
 
-def test_a_configuration_arrives_field_by_field() -> None:
+@pytest.mark.parametrize("record", [FmhaConfig, DecodeConfig])
+def test_a_configuration_arrives_field_by_field(record: Any) -> None:
     other = {"bfloat16": "float32", False: True, True: False}
-    usual = {field.name: field.default for field in fields(FmhaConfig)}
-    changed = {name: other[x] if x in other else x + 16 for name, x in usual.items()}
-    config = FmhaConfig(**changed)
+    usual = {field.name: field.default for field in fields(record)}
+    changed = {
+        name: other[x] if isinstance(x, (str, bool)) else x + 16 for name, x in usual.items()
+    }
+    config = record(**changed)
     assert all(changed[name] != usual[name] for name in usual)
+    name = record.__name__
     compile_asserts(
         [*field_checks("config", config), f"config.threads() == {config.threads}"],
         config=config.define(),
-        head="#include <attention/config.cuh>\nconstexpr FmhaConfig config{CUATTN_CONFIG};",
+        head=f"#include <attention/config.cuh>\nconstexpr {name} config{{CUATTN_CONFIG}};",
     )
 
 
@@ -197,6 +207,81 @@ def test_shared_memory_is_what_the_kernel_carves(head_dim_qk: int, head_dim_v: i
     )
 
 
+DECODE_TILES = [((64, 64), 17), ((192, 128), 4), ((96, 256), 4)]
+
+
+@pytest.mark.parametrize(("dims", "q_heads"), DECODE_TILES)
+def test_shared_memory_of_decode_is_what_the_kernel_carves(
+    dims: tuple[int, int], q_heads: int
+) -> None:
+    """The carver rounds up: each part is a multiple of its alignment, and the last one ends it."""
+    case = DecodeCase(d_qk=dims[0], d_v=dims[1], pair=True, q_heads=q_heads, kv_heads=1)
+    plan = _heuristics.decode(problem_of_decode(decode_call(case)), H200)
+    ring = "config.warps * Shape::ring_bytes"
+    rows = "config.warps * config.rows"
+    parts = ["Shape::QTile::bytes", ring, f"{rows} * 16", f"{rows} * 8"]
+    compile_asserts(
+        [
+            *(f"({part}) % 1024 == 0" for part in parts[:2]),
+            *(f"({part}) % 16 == 0" for part in parts[2:]),
+            f"{' + '.join(parts)} + (config.warps + 1) * 4 == {plan.shared_memory}",
+            f"config.threads() == {plan.threads}",
+        ],
+        config=plan.config.define(),
+        head=_sources.read()["decode.cu"],
+    )
+
+
+COUNT_SPLITS = """
+#include <attention/decode_work.cuh>
+struct Parameters {
+  const SplitRule* rules;
+  const int64* loads;
+  const int32* keys;
+  int32* splits;
+  int32 count;
+};
+KERNEL void count_splits(const __grid_constant__ Parameters p) {
+  for (int32 i = thread_index(); i < p.count; i += warp_size)
+    p.splits[i] = splits_of(p.rules[i], p.keys[i], p.loads[i]);
+}
+"""
+
+
+def splits_of(rules: list[SplitRule], keys: list[int], loads: list[int]) -> list[int]:
+    """What `splits_of` of decode_work.cuh returns, in the emulator."""
+    packed = b"".join(struct.pack("fii", r.share, r.smallest, r.alone) for r in rules)
+    with emulator.Memory() as memory:
+        places = [
+            memory.add("rules", np.frombuffer(packed, np.uint8)),
+            memory.add("loads", np.array(loads, np.int64)),
+            memory.add("keys", np.array(keys, np.int32)),
+            memory.add("splits", np.zeros(len(rules), np.int32), writable=True),
+        ]
+        params = struct.pack("4Qi4x", *places, len(rules))
+        sources = {**_sources.read(), "count_splits.cu": COUNT_SPLITS}
+        emulator.run("count_splits", "", 1, 32, params, sources=sources)
+        return memory["splits"].tolist()
+
+
+@pytest.mark.emulator
+def test_splits_are_counted_alike() -> None:
+    """Few keys and many, parts that end on the last bit of a float32, loads beyond 2^31."""
+    shares = [float(np.float32(share)) for share in (1 / 132, 8 / 132, 1 / 3, 2.0)]
+    lengths = (0, 1, 255, 256, 511, 512, 2048, 33791, 33792, 33793, 131072, 2**31 - 1)
+    totals = (0, 1000, 33792, 2**24 + 1, 132 * 256, 2**31 + 5, 2**33)
+    table = [
+        (SplitRule(share, smallest, False), keys, load)
+        for share, smallest in itertools.product(shares, (256, 2048))
+        for keys, load in itertools.product(lengths, totals)
+        if load * share < 2**31
+    ]
+    rules, keys, loads = (list(column) for column in zip(*table, strict=True))
+    wanted = [rule.splits(own, load) for rule, own, load in table]
+    assert splits_of(rules, keys, loads) == wanted
+    assert len(set(wanted)) > 20
+
+
 def test_cases_share_their_configurations() -> None:
     """The GPU tests must not compile for minutes."""
     skip = SkipMode("threshold", False)
@@ -211,4 +296,15 @@ def test_cases_share_their_configurations() -> None:
     plans = [_heuristics.prefill(problem, H200) for problem in problems]
     compiled = {(plan.kernel, plan.config) for plan in plans}
     assert 20 < len(compiled) <= CONFIGURATIONS
+    assert len(compiled) * 3 < len(problems)
+
+
+def test_decode_cases_share_their_configurations() -> None:
+    skips = [SkipMode(source, False) for source in ("threshold", "dropped_mass")]
+    problems = [
+        *(problem_of_decode(decode_call(case)) for case in DECODE),
+        *(problem_of_decode(decode_call(case), s) for case in SKIP_DECODE for s in skips),
+    ]
+    compiled = {_heuristics.decode(problem, H200).config for problem in problems}
+    assert 20 < len(compiled) <= DECODE_CONFIGURATIONS
     assert len(compiled) * 3 < len(problems)
