@@ -7,10 +7,13 @@ by the calls of one capture, which is never given back.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
 _GRANULE = 1 << 20  # bytes
+_RELAXED = 2  # CU_STREAM_CAPTURE_MODE_RELAXED
 
 
 class _Arena:
@@ -30,7 +33,8 @@ class _Arena:
         if old is not None:
             self._kept.append(old)
             size = max(size, 2 * old.size)
-        array = cupy.empty(-(-size // _GRANULE) * _GRANULE, "u1")
+        with _allocating():
+            array = cupy.empty(-(-size // _GRANULE) * _GRANULE, "u1")
         if name == "zeros":
             cupy.cuda.runtime.memsetAsync(array.data.ptr, 0, array.size, stream)
         setattr(self, name, array)
@@ -68,6 +72,17 @@ def _capture(stream: int) -> int:
     if failed:
         raise RuntimeError(f"cuStreamGetCaptureInfo failed with CUDA error {failed}")
     return number.value if status.value else 0
+
+
+@contextmanager
+def _allocating() -> Iterator[None]:
+    """Allow memory to be allocated while a stream is being captured, in whatever mode."""
+    mode = ctypes.c_int(_RELAXED)
+    _driver().cuThreadExchangeStreamCaptureMode(ctypes.byref(mode))
+    try:
+        yield
+    finally:
+        _driver().cuThreadExchangeStreamCaptureMode(ctypes.byref(mode))
 
 
 @cache

@@ -240,6 +240,15 @@ TURNS: tuple[dict[str, Any], ...] = (
 )
 
 
+@pytest.fixture
+def short_lines(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Let decode's blocks do several items where there are more than places for blocks."""
+    monkeypatch.setattr(_heuristics, "LINE", 1)
+    _heuristics.decode.cache_clear()
+    yield
+    _heuristics.decode.cache_clear()
+
+
 @pytest.fixture(scope="session")
 def gpu() -> Gpu:
     return Gpu()

@@ -22,7 +22,7 @@ import cuattn
 from cuattn import _device, _heuristics, emulator
 from cuattn._records import Device
 
-pytestmark = pytest.mark.emulator
+pytestmark = [pytest.mark.emulator, pytest.mark.usefixtures("short_lines")]
 
 ONE = replace(_device.EMULATOR, multiprocessors=1)  # few blocks, so that each has several items
 CLOSE = 1e-4  # a vote nearer to its bound than this may go either way

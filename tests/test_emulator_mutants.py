@@ -16,7 +16,7 @@ from decode_cases import DecodeCase, decode_call, problem_of_decode
 import cuattn
 from cuattn import _device, _heuristics, _sources, emulator
 
-pytestmark = pytest.mark.emulator
+pytestmark = [pytest.mark.emulator, pytest.mark.usefixtures("short_lines")]
 
 # Every call that orders something, in all kernels and what they share.
 SYNCHRONISATION = re.compile(
