@@ -7,7 +7,7 @@ this package imports neither CuPy nor any framework.  `cuattn.emulator` runs the
 from typing import Any
 
 from ._validate import validate
-from .append import append_kv
+from .append import append_kv, append_mla_kv
 from .decode import decode
 from .merge import merge_states
 from .prefill import prefill, prefill_paged, prefill_ragged
@@ -20,6 +20,7 @@ __all__ = [
     "SkipStats",
     "__version__",
     "append_kv",
+    "append_mla_kv",
     "decode",
     "merge_states",
     "prefill",

@@ -17,11 +17,13 @@ from ._tool_params import SUMS, Fault
 checking = os.environ.get("CUATTN_CHECK", "0") not in ("", "0")
 
 _CONFIG = _tool_params.ValidateConfig()
-_OWNERS = dict(zip(SUMS, ("q", "k", "k_new"), strict=True))  # whose tokens they count
+_NEW = ("k_new", "c_kv_new")
+_OWNERS = dict(zip(SUMS, (("q",), ("k",), _NEW), strict=True))  # who may own their tokens
 _READ = ("block_tables", "seq_lens", *SUMS)  # by the kernel, in its order
 _NO_LIMIT = 2**31 - 1
 
 _Named = Mapping[str, View]
+_Limits = Mapping[str, tuple[str, int]]  # of prefix sums: whose tokens they count, and how many
 
 
 def validate(
@@ -113,11 +115,11 @@ def check_call(
 ) -> None:
     """Do the same for the views of a call that was found to be well formed.
 
-    `names` are those of `_call.Form.arrays`, or `_check_tools.APPEND`; `layout` is a paged cache's.
-    Does nothing in the capture of a graph.
+    `names` are those of `_call.Form.arrays`, or `_check_tools.APPEND` or `APPEND_MLA`; `layout` is
+    a paged cache's. Does nothing in the capture of a graph.
     """
     named = dict(zip(names, views, strict=False))
-    cache = named.get(_check_tools.CACHES[0])
+    cache = named.get(_check_tools.CACHES[0]) or named.get("kv_cache")
     pages = None
     if cache is not None and layout is not None:
         pages = _check_tools.page_geometry([cache, cache], layout)
@@ -164,7 +166,7 @@ def _ask(
         return findings.get()
 
 
-def _plan(named: _Named, pages: tuple[int, int] | None) -> tuple[_tools.Job, int, dict[str, int]]:
+def _plan(named: _Named, pages: tuple[int, int] | None) -> tuple[_tools.Job, int, _Limits]:
     """Check the arrays; return the job, batch, and what the prefix sums may reach."""
     tables, lengths = named.get("block_tables"), named.get("seq_lens")
     sums = {name: named[name] for name in SUMS if name in named}
@@ -185,15 +187,12 @@ def _plan(named: _Named, pages: tuple[int, int] | None) -> tuple[_tools.Job, int
     for name, view in sums.items():
         batch = _check_tools.prefix_sums(name, view, batch, first)
     assert batch is not None
-    limits = {
-        name: named[owner].shape[0] if owner in named else _NO_LIMIT
-        for name, owner in _OWNERS.items()
-    }
+    limits = {name: _limit(owners, named) for name, owners in _OWNERS.items()}
     rest = _tool_params.VALIDATE.pack(
         {
             "block_table_stride": tables.strides[0] if tables else 0,
-            "tokens": [min(limit, _NO_LIMIT) for limit in limits.values()],
-            "new_each": _new_each(named.get("k_new")) if SUMS[2] not in named else 0,
+            "tokens": [min(tokens, _NO_LIMIT) for _, tokens in limits.values()],
+            "new_each": _new_each(named) if SUMS[2] not in named else 0,
             "batch": batch,
             "max_pages": tables.shape[1] if tables else 0,
             "page_shift": page_size.bit_length() - 1,
@@ -206,14 +205,21 @@ def _plan(named: _Named, pages: tuple[int, int] | None) -> tuple[_tools.Job, int
     return _tools.Job(step, _tool_params.VALIDATE, rest), batch, limits
 
 
-def _new_each(k_new: View | None) -> int:
+def _limit(owners: Sequence[str], named: _Named) -> tuple[str, int]:
+    """Return whose tokens prefix sums count, and how many there are."""
+    given = [(name, named[name].shape[0]) for name in owners if name in named]
+    return given[0] if given else (owners[0], _NO_LIMIT)
+
+
+def _new_each(named: _Named) -> int:
     """Return the number of tokens that every request appends."""
-    if k_new is None:
+    new = [named[name].shape for name in _NEW if name in named]
+    if not new:
         return 0
-    return k_new.shape[1] if len(k_new.shape) == 4 else 1
+    return new[0][1] if len(new[0]) == 4 else 1
 
 
-def _sentence(request: int, finding: Sequence[int], limits: Mapping[str, int]) -> str:
+def _sentence(request: int, finding: Sequence[int], limits: _Limits) -> str:
     """Return the error for one finding."""
     fault, where, value, other = finding
     if fault == Fault.length:
@@ -229,10 +235,11 @@ def _sentence(request: int, finding: Sequence[int], limits: Mapping[str, int]) -
     name = SUMS[where]
     if fault == Fault.start:
         return f"{name}[0] is {value}; wanted 0"
-    reach = f"{_OWNERS[name]}'s {limits[name]} tokens"
+    owner, tokens = limits[name]
+    reach = f"{owner}'s {tokens} tokens"
     if fault == Fault.past_end:
         return f"{name}[{request + 1}] is {value}; wanted at most {reach}"
-    bound = "" if limits[name] == _NO_LIMIT else f" to {reach}"
+    bound = "" if tokens == _NO_LIMIT else f" to {reach}"
     return (
         f"{name}[{request + 1}] is {value}, below {name}[{request}] = {other}; wanted a "
         f"non-decreasing sequence from 0{bound}"

@@ -35,6 +35,7 @@ from cuattn._replay import (
     weigh,
 )
 from cuattn.reference_decode import decode as decode
+from cuattn.reference_mla import mla_decode as mla_decode
 
 Array = NDArray[Any]
 

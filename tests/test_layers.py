@@ -27,6 +27,7 @@ PYTHON_FLOORS = (
     ("_sources", "_config", "_device", "_overlap", "_host"),
     ("_compile", "_params", "_tool_params", "_replay", "_replay_decode", "_check_arrays"),
     ("reference_decode",),
+    ("reference_mla",),
     ("_ingest", "_check", "_heuristics", "_launch", "reference", "_workspace"),
     ("skip_softmax", "_workloads", "_check_tools"),
     ("_workloads_paged",),
@@ -62,6 +63,7 @@ NUMPY_ONLY = (
     "_host",
     "reference",
     "reference_decode",
+    "reference_mla",
 )
 # Modules that may import CuPy, and only inside their functions.
 CUPY_INSIDE = (
