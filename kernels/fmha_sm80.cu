@@ -89,12 +89,7 @@ DEVICE void compute_tile(WarpState& state, const Shared& shared, const Visibilit
   if constexpr (config.skip_softmax) {
     if (state.skip.vote(tile_maxima, state.rows.maximum)) return;
   }
-  // NOTE: after a few tiles maxima hardly grow; without this test every tile pays for the output.
-  if (some_grow(state.rows, tile_maxima)) {
-    float shrink[row_tiles][2];
-    raise_maxima(state.rows, shrink, tile_maxima, state.scale);
-    shrink_output(state.output, shrink);
-  }
+  raise_maxima(state.rows, tile_maxima, state.output, state.scale);
   const auto v = row_reader(shared.v.tile(step));
 #pragma unroll
   for (int32 key_step = 0; key_step < key_tiles / 2; ++key_step) {

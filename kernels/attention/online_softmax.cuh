@@ -54,22 +54,48 @@ DEVICE bool some_grow(const RowStatistics<row_tiles>& rows, const float (&maxima
   return warp_any(grown);
 }
 
-// Take new maxima into the statistics; what was summed before shrinks by `shrink`.
+// Take a new maximum into one row's statistics; what was summed before shrinks by the result.
+template <int32 row_tiles>
+DEVICE float raise_maximum(RowStatistics<row_tiles>& rows, int32 r, int32 half, float maximum,
+                           float scale) {
+  const float old_maximum = rows.maximum[r][half];
+  const float new_maximum = fmaxf(old_maximum, maximum);
+  // A row that has seen no key yet has nothing to shrink (and −∞ − −∞ is not a number).
+  const float shrink =
+      old_maximum == new_maximum ? 1.f : exp2_approximate((old_maximum - new_maximum) * scale);
+  rows.maximum[r][half] = new_maximum;
+  rows.sum[r][half] *= shrink;
+  return shrink;
+}
+
+// Take new maxima into the statistics and bring sum and output to them.
+template <int32 row_tiles, int32 value_tiles>
+DEVICE void raise_maxima(RowStatistics<row_tiles>& rows, const float (&maxima)[row_tiles][2],
+                         float (&output)[row_tiles][value_tiles][4], float scale) {
+  // NOTE: after a few tiles maxima hardly grow; without this test every tile pays for the output.
+  if (!some_grow(rows, maxima)) return;
+#pragma unroll
+  for (int32 r = 0; r < row_tiles; ++r)
+#pragma unroll
+    for (int32 half = 0; half < 2; ++half) {
+      const float shrink = raise_maximum(rows, r, half, maxima[r][half], scale);
+#pragma unroll
+      for (int32 c = 0; c < value_tiles; ++c) {
+        output[r][c][half * 2] *= shrink;
+        output[r][c][half * 2 + 1] *= shrink;
+      }
+    }
+}
+
+// The same where the output is brought to them later.
 template <int32 row_tiles>
 DEVICE void raise_maxima(RowStatistics<row_tiles>& rows, float (&shrink)[row_tiles][2],
                          const float (&maxima)[row_tiles][2], float scale) {
 #pragma unroll
   for (int32 r = 0; r < row_tiles; ++r)
 #pragma unroll
-    for (int32 half = 0; half < 2; ++half) {
-      const float old_maximum = rows.maximum[r][half];
-      const float new_maximum = fmaxf(old_maximum, maxima[r][half]);
-      // A row that has seen no key yet has nothing to shrink (and −∞ − −∞ is not a number).
-      shrink[r][half] =
-          old_maximum == new_maximum ? 1.f : exp2_approximate((old_maximum - new_maximum) * scale);
-      rows.maximum[r][half] = new_maximum;
-      rows.sum[r][half] *= shrink[r][half];
-    }
+    for (int32 half = 0; half < 2; ++half)
+      shrink[r][half] = raise_maximum(rows, r, half, maxima[r][half], scale);
 }
 
 // The larger of two maxima of each row.
