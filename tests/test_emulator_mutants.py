@@ -234,6 +234,6 @@ def test_rows_past_the_end_are_out_of_bounds() -> None:
 
 
 def test_keys_past_the_end_are_out_of_bounds() -> None:
-    sources = planted("tile/copy.cuh", r"row\.exists && valid\.contains\(index\)", "true")
+    sources = planted("tile/copy.cuh", r"valid\.contains\(index\) && exists", "true")
     with pytest.raises(emulator.EmulatorError, match=r"load of 16 bytes out of bounds"):
         launch(sources)

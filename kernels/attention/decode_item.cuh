@@ -12,10 +12,11 @@ struct GroupRows {
   int64 row_stride, head_stride;  // bytes
   int32 first_row, group;
 
-  DEVICE SourceRow row(int32 index) const {
+  DEVICE const char* row(int32 index) const {
     const int32 token = (first_row + index) / group, head = (first_row + index) % group;
-    return {first + token * row_stride + head * head_stride, true};
+    return first + token * row_stride + head * head_stride;
   }
+  DEVICE bool exists(int32) const { return true; }
 };
 
 template <DecodeConfig config>

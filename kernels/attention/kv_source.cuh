@@ -17,9 +17,10 @@ struct PagedRows {
   DEVICE int32 page_of(int32 key) const {
     return 0 <= key && key < keys ? table[key >> page_shift] : 0;
   }
-  DEVICE SourceRow row(int32 key) const {
-    const int32 page = page_of(key), slot = key & ((1 << page_shift) - 1);
-    return {first + page * page_stride + slot * slot_stride, uint32(page) < uint32(pages)};
+  DEVICE bool exists(int32 key) const { return uint32(page_of(key)) < uint32(pages); }
+  DEVICE const char* row(int32 key) const {
+    const int32 slot = key & ((1 << page_shift) - 1);
+    return first + page_of(key) * page_stride + slot * slot_stride;
   }
 };
 

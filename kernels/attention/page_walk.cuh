@@ -63,9 +63,10 @@ struct WalkedRows {
   const PageWalk<block_kv>& walk;
   int32 step;
 
-  DEVICE SourceRow row(int32 key) const {
-    const int32 page = walk.page_of(step, key % block_kv);
+  DEVICE int32 page_of(int32 key) const { return walk.page_of(step, key % block_kv); }
+  DEVICE bool exists(int32 key) const { return uint32(page_of(key)) < uint32(walk.pages); }
+  DEVICE const char* row(int32 key) const {
     const int32 slot = key & ((1 << walk.page_shift) - 1);
-    return {first + page * page_stride + slot * slot_stride, uint32(page) < uint32(walk.pages)};
+    return first + page_of(key) * page_stride + slot * slot_stride;
   }
 };

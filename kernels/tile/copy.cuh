@@ -11,18 +11,13 @@ struct Range {
   DEVICE bool empty() const { return begin >= end; }
 };
 
-// Where a row starts in memory; one that does not exist reads as zeros.
-struct SourceRow {
-  const char* start;
-  bool exists;
-};
-
 // Rows at a fixed distance in memory.
 struct StridedRows {
   const char* first;  // row 0
   int64 stride;       // bytes
 
-  DEVICE SourceRow row(int32 index) const { return {first + index * stride, true}; }
+  DEVICE const char* row(int32 index) const { return first + index * stride; }
+  DEVICE bool exists(int32) const { return true; }
 };
 
 // Copy rows `first_row`, … of `source` into `tile`; rows outside `valid` and columns from
@@ -41,9 +36,9 @@ DEVICE void request_tile(Tile tile, const Source& source, int32 first_row, Range
 #pragma unroll
   for (int32 pass = 0; pass < passes; ++pass) {
     const int32 index = first_row + int32(first) + pass * rows_at_once;
-    const SourceRow row = source.row(index);
-    readable[pass] = row.exists && valid.contains(index);
-    pointers[pass] = row.start + column * 16;
+    const bool exists = source.exists(index);  // every lane asks: some sources ask others
+    readable[pass] = valid.contains(index) && exists;
+    pointers[pass] = source.row(index) + column * 16;
   }
 #pragma unroll
   for (int32 pass = 0; pass < passes; ++pass) {
