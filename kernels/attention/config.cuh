@@ -37,3 +37,12 @@ struct DecodeConfig {
 
   DEVICE constexpr int32 threads() const { return warps * 32; }
 };
+
+// MLA decode.  One block: 64 query rows of one request, tiles of 64 keys.
+struct MlaConfig {
+  Dtype element = Dtype::bfloat16;
+  Dtype output = Dtype::bfloat16;
+  int32 page_size = 64;
+
+  DEVICE constexpr int32 threads() const { return 384; }
+};

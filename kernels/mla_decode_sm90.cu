@@ -1,0 +1,499 @@
+// Absorbed MLA decode, Hopper.  O = softmax(Q Kᵀ · scale) V: K is the cache's rows of 576, latent
+// and rope, V their latent 512 columns; one KV head for all query heads.
+//
+// Work:    an item is 64 rows of one request (query heads × tokens) and one split of its keys
+//          (decode_work.cuh); split s has tiles s, s + splits, …  Tiles are 64 keys.
+// Roles:   three warp-groups.
+//            scores   Q in registers but for its last two chunks.  Q Kᵀ of tile i + 1 runs while P
+//                     of tile i is stored; then softmax of i + 1
+//            left     O columns 0 … 255, P V; its first thread loads tiles
+//            right    O columns 256 … 511
+// Memory:  a tile's latent part is K and V at once: it is loaded once, into one of three stages,
+// and
+//          freed by both P V; its rope part has one place, free as soon as Q Kᵀ is done; one P.
+// Waits:   full: a tile is there │ empty: both P V are done with it │ rope_full, rope_free
+//          p_ready: P and what O shrinks by │ p_free: both P V are done with them
+// Result:  as in decode: O and LSE, or a part that the last split to arrive merges.
+#include <attention/config.cuh>
+#include <attention/decode_item.cuh>
+#include <attention/decode_work.cuh>
+#include <attention/online_softmax.cuh>
+#include <attention/partial.cuh>
+#include <attention/row_result.cuh>
+#include <ptx/atomic.cuh>
+#include <ptx/convert.cuh>
+#include <ptx/cp_async.cuh>
+#include <ptx/ldmatrix.cuh>
+#include <ptx/mbarrier.cuh>
+#include <ptx/shared.cuh>
+#include <ptx/special.cuh>
+#include <ptx/stmatrix.cuh>
+#include <ptx/sync.cuh>
+#include <ptx/tma.cuh>
+#include <ptx/wgmma.cuh>
+#include <tile/copy.cuh>
+#include <tile/swizzle.cuh>
+
+constexpr MlaConfig config{CUATTN_CONFIG};
+using Input = Element<config.element>;
+using Output = Element<config.output>;
+
+struct MlaParams {
+  AttentionParams attention;
+  TensorMap wide, one;  // of the cache: boxes of 64 columns, four chunks (of large pages) and one
+};
+
+constexpr int32 block_rows = 64, tile_keys = 64, latent = 512, group_threads = 128;
+constexpr int32 stages = 3, chunk_bytes = 8192, latent_chunks = 8;
+constexpr int32 stage_bytes = latent_chunks * chunk_bytes;
+constexpr int32 q_chunks = 7;  // in registers
+constexpr int32 page_rows = minimum(config.page_size, tile_keys);
+constexpr float lazy = 8.f;  // log2: how far maxima may lag behind before O is rescaled
+using Schedule = DecodeSchedule<block_rows>;
+
+struct Shared {
+  SharedAddress kv, rope, p, q, alpha, flags, last;
+  SharedAddress full, empty, rope_full, rope_free, p_ready, p_free, q_read;
+
+  DEVICE Shared() {
+    SharedCarver carver;
+    kv = carver.take(stages * stage_bytes, "kv");
+    rope = carver.take(chunk_bytes, "rope");
+    p = carver.take(chunk_bytes, "p");
+    q = carver.take(2 * chunk_bytes, "q");  // its last two chunks
+    alpha = carver.take(block_rows * 4, "alpha", 16);
+    flags = carver.take(4 * 4, "flags", 16);
+    last = carver.take(4, "last", 16);
+    full = carver.take(stages * 8, "full", 8);
+    empty = carver.take(stages * 8, "empty", 8);
+    rope_full = carver.take(8, "rope_full", 8);
+    rope_free = carver.take(8, "rope_free", 8);
+    p_ready = carver.take(8, "p_ready", 8);
+    p_free = carver.take(8, "p_free", 8);
+    q_read = carver.take(8, "q_read", 8);
+  }
+
+  // Every item begins with fresh barriers, at phase 0.
+  DEVICE void begin(bool first) const {
+    for (int32 i = 0; i < 2 * stages + 5 && !first; ++i) mbarrier_invalidate(full + i * 8);
+    for (int32 stage = 0; stage < stages; ++stage) {
+      mbarrier_init(full + stage * 8, 1);
+      mbarrier_init(empty + stage * 8, 8);  // warps of both P V
+    }
+    mbarrier_init(rope_full, 1);
+    mbarrier_init(rope_free, 4);
+    mbarrier_init(p_ready, 4);
+    mbarrier_init(p_free, 8);
+    mbarrier_init(q_read, 4);
+    fence_mbarrier_init();
+  }
+};
+
+// An item and its tiles.
+struct Item {
+  DecodeWork work;
+  RowVisibility visibility;
+  int32 keys;   // that some row sees: [0, keys)
+  int32 count;  // tiles of this split
+
+  DEVICE Item(const AttentionParams& params, const DecodeWork& work)
+      : work(work),
+        visibility(work.visibility(params)),
+        keys(visibility.keys_of(work.rows - 1).end),
+        count(ceil_div(maximum(ceil_div(keys, tile_keys) - work.split, 0), work.splits)) {}
+
+  DEVICE int32 first_key(int32 step) const { return (work.split + step * work.splits) * tile_keys; }
+};
+
+// An operand whose rows of 128 bytes lie along the depth.
+DEVICE uint64 depth_major(SharedAddress start) {
+  return uint64(start >> 4) | uint64(1) << 16 | uint64(1024 >> 4) << 32 | uint64(1) << 62;
+}
+// V: keys are the depth, 64 columns to a chunk.
+DEVICE uint64 width_major(SharedAddress start) {
+  return uint64(start >> 4) | uint64(chunk_bytes >> 4) << 16 | uint64(1024 >> 4) << 32 |
+         uint64(1) << 62;
+}
+
+// --- Loads, by one thread.
+
+// The page of a key; −1, which reads as zeros, past the request's keys and outside of the cache.
+DEVICE int32 page_of(const AttentionParams& params, const Item& item, int32 key) {
+  if (key >= item.work.kv_len) return -1;
+  const int32* table = params.block_tables + item.work.request * params.block_table_stride;
+  const int32 page = table[key >> params.page_shift];
+  return uint32(page) < uint32(params.pages) ? page : -1;
+}
+
+DEVICE void load_latent(const MlaParams& params, const Shared& shared, const Item& item,
+                        int32 step) {
+  const SharedAddress target = shared.kv + step % stages * stage_bytes;
+  const SharedAddress full = shared.full + step % stages * 8;
+  mbarrier_arrive_expect(full, stage_bytes);
+  for (int32 row = 0; row < tile_keys; row += page_rows) {
+    const int32 key = item.first_key(step) + row, slot = key & (config.page_size - 1);
+    const int32 page = page_of(params.attention, item, key);
+    if constexpr (page_rows == tile_keys) {
+      tma_load(target, params.wide, {0, slot, 0, page}, full);
+      tma_load(target + 4 * chunk_bytes, params.wide, {0, slot, 4, page}, full);
+    } else {
+      for (int32 chunk = 0; chunk < latent_chunks; ++chunk)
+        tma_load(target + chunk * chunk_bytes + row * row_bytes, params.one, {0, slot, chunk, page},
+                 full);
+    }
+  }
+}
+
+DEVICE void load_rope(const MlaParams& params, const Shared& shared, const Item& item, int32 step) {
+  mbarrier_arrive_expect(shared.rope_full, chunk_bytes);
+  for (int32 row = 0; row < tile_keys; row += page_rows) {
+    const int32 key = item.first_key(step) + row, slot = key & (config.page_size - 1);
+    const int32 page = page_of(params.attention, item, key);
+    tma_load(shared.rope + row * row_bytes, params.one, {0, slot, latent_chunks, page},
+             shared.rope_full);
+  }
+}
+
+// --- Scores.
+
+struct Scores {
+  uint32 q[q_chunks * 4][4];
+  float s[tile_keys / 2];
+  uint32 p[tile_keys / 16][4];
+  float maximum[2], sum[2], alpha[2];  // maximum: log2 units; sum: of this lane's columns
+  float scale;
+};
+
+// Q's rows, zeros behind the last: its first chunks by way of stage 0 into registers.
+DEVICE void load_q(Scores& state, const AttentionParams& params, const Shared& shared,
+                   const DecodeWork& work) {
+  const int32 outer = params.cu_seqlens_q ? 0 : work.request;
+  const int32 token = params.cu_seqlens_q ? work.q_start : 0;
+  GroupRows rows{.first = static_cast<const char*>(params.q) +
+                          (outer * params.q_strides.outer + token * params.q_strides.row) * 2,
+                 .row_stride = params.q_strides.row * 2,
+                 .head_stride = params.q_strides.head * 2,
+                 .first_row = work.first_row,
+                 .group = params.group};
+  using FirstTile = SharedTile<block_rows, q_chunks * chunk_columns>;
+  using LastTile = SharedTile<block_rows, 2 * chunk_columns>;
+  request_tile<group_threads>(FirstTile{shared.kv}, rows, 0, {0, work.rows}, FirstTile::columns);
+  rows.first += FirstTile::columns * 2;
+  request_tile<group_threads>(LastTile{shared.q}, rows, 0, {0, work.rows}, LastTile::columns);
+  cp_async_commit();
+  cp_async_wait<0>();
+  fence_proxy_async();  // for wgmma, and for the tile that will lie where Q does
+  named_barrier_sync<1, group_threads>();
+  const int32 lane = lane_index(), row = warp_index() * 16 + lane % 16;
+#pragma unroll
+  for (int32 step = 0; step < q_chunks * 4; ++step)
+    ldmatrix_x4(state.q[step], FirstTile{shared.kv}.at(step / 4, row, step % 4 * 2 + lane / 16));
+  sync_warp();
+  if (lane == 0) mbarrier_arrive(shared.q_read);
+}
+
+// Begin S = Q Kᵀ of a tile.
+DEVICE void multiply_q(Scores& state, const Shared& shared, int32 step) {
+  const SharedAddress k = shared.kv + step % stages * stage_bytes;
+  mbarrier_wait(shared.full + step % stages * 8, step / stages & 1);
+  wgmma_fence();
+#pragma unroll
+  for (int32 i = 0; i < q_chunks * 4; ++i)
+    wgmma_registers<Input, Major::depth>(state.s, state.q[i],
+                                         depth_major(k + i / 4 * chunk_bytes) + i % 4 * 2, i > 0);
+#pragma unroll
+  for (int32 i = 0; i < 4; ++i)
+    wgmma_shared<Input, Major::depth, Major::depth>(state.s, depth_major(shared.q) + i * 2,
+                                                    depth_major(k + q_chunks * chunk_bytes) + i * 2,
+                                                    true);
+  mbarrier_wait(shared.rope_full, step & 1);
+  wgmma_fence();
+#pragma unroll
+  for (int32 i = 0; i < 4; ++i)
+    wgmma_shared<Input, Major::depth, Major::depth>(state.s,
+                                                    depth_major(shared.q + chunk_bytes) + i * 2,
+                                                    depth_major(shared.rope) + i * 2, true);
+  wgmma_commit();
+}
+
+// Values past the last key become zeros: whatever is there, a weight of 0 must make nothing of it.
+DEVICE void clear_tail(const Shared& shared, const Item& item, int32 step) {
+  const int32 first = item.work.kv_len - item.first_key(step);
+  if (first >= tile_keys) return;
+  named_barrier_sync<1, group_threads>();    // no product reads the keys any more
+  const int32 column = thread_index() % 64;  // 16 bytes, of all chunks
+  const SharedAddress target = shared.kv + step % stages * stage_bytes + column / 8 * chunk_bytes;
+  for (int32 row = first + thread_index() / 64; row < tile_keys; row += 2)
+    shared_store_4(target + row * row_bytes + column % 8 * 16, {0.f, 0.f, 0.f, 0.f});
+}
+
+// S → P, maxima and sums; maxima grow only when they lag far behind.
+DEVICE void soften(Scores& state, const Item& item, int32 step) {
+  const bool masked =
+      item.visibility.keys_of(0).end < item.first_key(step) + tile_keys;  // for the first row
+#pragma unroll
+  for (int32 half = 0; half < 2; ++half) {
+    if (masked) {
+      const int32 row = warp_index() * 16 + half * 8 + fragment_row();
+      const int32 end = item.visibility.keys_of(row).end - item.first_key(step);
+#pragma unroll
+      for (int32 c = 0; c < 8; ++c)
+#pragma unroll
+        for (int32 i = 0; i < 2; ++i)
+          if (c * 8 + fragment_column() + i >= end) state.s[c * 4 + half * 2 + i] = -infinity();
+    }
+    float top = -infinity();
+#pragma unroll
+    for (int32 c = 0; c < 8; ++c)
+      top = fmaxf(top, fmaxf(state.s[c * 4 + half * 2], state.s[c * 4 + half * 2 + 1]));
+    top = quad_maximum(top) * state.scale;
+    const bool grows = top > state.maximum[half] + lazy;  // from −∞ always
+    const float maximum = grows ? top : state.maximum[half];
+    state.alpha[half] = grows ? exp2_approximate(state.maximum[half] - maximum) : 1.f;
+    state.maximum[half] = maximum;
+    const float shift = maximum == -infinity() ? 0.f : maximum;
+    float sum = 0.f;
+#pragma unroll
+    for (int32 c = 0; c < 8; ++c) {
+      const float first = exp2_approximate(fmaf(state.s[c * 4 + half * 2], state.scale, -shift));
+      const float second =
+          exp2_approximate(fmaf(state.s[c * 4 + half * 2 + 1], state.scale, -shift));
+      sum += first + second;
+      state.p[c / 2][c % 2 * 2 + half] = pack(first, second, Input{});
+    }
+    state.sum[half] = state.sum[half] * state.alpha[half] + sum;
+  }
+}
+
+// P, and what O shrinks by, to both P V.
+DEVICE void publish(const Scores& state, const Shared& shared, int32 step) {
+  const int32 lane = lane_index(), warp = warp_index();
+  mbarrier_wait(shared.p_free, (step & 1) ^ 1);
+  const int32 row = warp * 16 + lane % 16;
+#pragma unroll
+  for (int32 i = 0; i < 4; ++i)
+    stmatrix_x4(SharedTile<block_rows, tile_keys>{shared.p}.at(0, row, 2 * i + lane / 16),
+                state.p[i]);
+  if (lane % 4 == 0) {
+    shared_store(shared.alpha + (warp * 16 + lane / 4) * 4, state.alpha[0]);
+    shared_store(shared.alpha + (warp * 16 + 8 + lane / 4) * 4, state.alpha[1]);
+  }
+  const bool rescale = warp_any(state.alpha[0] != 1.f || state.alpha[1] != 1.f);
+  if (lane == 0) shared_store(shared.flags + warp * 4, rescale ? 1.f : 0.f);
+  fence_proxy_async();
+  sync_warp();
+  if (lane == 0) mbarrier_arrive(shared.p_ready);
+}
+
+// Statistics of this lane's rows: to LSE and the factors of O, or to the split's part.
+DEVICE void conclude(const Scores& state, const AttentionParams& params, const Shared& shared,
+                     const Item& item, const GlobalParts& parts, const Finish& finish) {
+#pragma unroll
+  for (int32 half = 0; half < 2; ++half) {
+    const float sum = quad_sum(state.sum[half]);
+    const int32 row = warp_index() * 16 + half * 8 + fragment_row();
+    if (fragment_column() != 0) continue;
+    const DecodeWork& work = item.work;
+    const int32 index = work.first_row + row;
+    const QueryRow place{work.request, work.q_start, index / params.group, index % params.group};
+    Finish of_row = finish;
+    if (params.sinks && row < work.rows) of_row.sink = params.sinks[place.head] * log2_e;
+    const RowResult result = finish_row(state.maximum[half], sum, of_row);
+    shared_store(shared.alpha + row * 4, work.splits == 1 ? result.factor : 1.f);
+    if (row >= work.rows) continue;
+    if (work.splits > 1) {
+      parts.rows[parts.row(work.split) + row] = {state.maximum[half], sum, -infinity(), 0.f};
+    } else if (params.lse) {
+      params.lse[place.in(params.lse_strides, params)] = result.lse;
+    }
+  }
+}
+
+DEVICE void score(const MlaParams& params, const Shared& shared, const Item& item,
+                  const GlobalParts& parts) {
+  const AttentionParams& attention = params.attention;
+  Scores state;
+  state.scale = (attention.scale_array ? *attention.scale_array : attention.scale) * log2_e;
+#pragma unroll
+  for (int32 half = 0; half < 2; ++half) {
+    state.maximum[half] = -infinity();
+    state.sum[half] = 0.f;
+  }
+  load_q(state, attention, shared, item.work);
+  for (int32 step = 0; step < item.count; ++step) {
+    multiply_q(state, shared, step);
+    if (step > 0) publish(state, shared, step - 1);  // while the products run
+    wgmma_wait<0>();
+    sync_warp();  // this warp reads the rope part no more
+    if (lane_index() == 0) mbarrier_arrive(shared.rope_free);
+    clear_tail(shared, item, step);
+    soften(state, item, step);
+  }
+  if (item.count > 0) publish(state, shared, item.count - 1);
+  sync_block();  // every alpha has been read
+  const Finish finish{
+      .scale = 1.f,
+      .out_scale = attention.out_scale_array ? *attention.out_scale_array : attention.out_scale,
+      .has_sink = attention.sinks != nullptr,
+      .sink = 0.f};
+  conclude(state, attention, shared, item, parts, finish);
+  sync_block();
+}
+
+// --- O.
+
+// Columns 256 · half … of O: this lane's rows, times what `score` left for them.
+DEVICE void write_half(const float (&o)[128], const AttentionParams& params, const Shared& shared,
+                       const Item& item, const GlobalParts& parts, int32 half) {
+  const DecodeWork& work = item.work;
+#pragma unroll
+  for (int32 h = 0; h < 2; ++h) {
+    const int32 row = warp_index() % 4 * 16 + h * 8 + fragment_row();
+    if (row >= work.rows) continue;
+    const float factor = shared_load(shared.alpha + row * 4);
+    const int32 index = work.first_row + row, column = half * 256 + fragment_column();
+    const QueryRow place{work.request, work.q_start, index / params.group, index % params.group};
+    Output* out = static_cast<Output*>(params.out) + place.in(params.out_strides, params) + column;
+    float* part = parts.out + (parts.row(work.split) + row) * latent + column;
+#pragma unroll
+    for (int32 c = 0; c < 32; ++c) {
+      const float first = o[c * 4 + h * 2] * factor, second = o[c * 4 + h * 2 + 1] * factor;
+      if (work.splits == 1) {
+        store_pair(out + c * 8, first, second);
+      } else {
+        store_pair(part + c * 8, first, second);
+      }
+    }
+  }
+}
+
+DEVICE void weigh(const MlaParams& params, const Shared& shared, const Item& item,
+                  const GlobalParts& parts, int32 half) {
+  const int32 lane = lane_index(), warp = warp_index() % 4;
+  const bool loads = half == 0 && warp == 0 && lane == 0;
+  if (loads) {
+    for (int32 step = 1; step < minimum(stages, item.count); ++step)
+      load_latent(params, shared, item, step);
+    mbarrier_wait(shared.q_read, 0);
+    if (item.count > 0) {
+      load_latent(params, shared, item, 0);
+      load_rope(params, shared, item, 0);
+    }
+    if (item.count > 1) {
+      mbarrier_wait(shared.rope_free, 0);
+      load_rope(params, shared, item, 1);
+    }
+  }
+  sync_warp();
+  float o[128];
+#pragma unroll
+  for (int32 i = 0; i < 128; ++i) o[i] = 0.f;
+  for (int32 step = 0; step < item.count; ++step) {
+    const int32 stage = step % stages;
+    mbarrier_wait(shared.p_ready, step & 1);
+    if (shared_load(shared.flags + warp * 4) != 0.f) {
+      const float first = shared_load(shared.alpha + (warp * 16 + fragment_row()) * 4);
+      const float second = shared_load(shared.alpha + (warp * 16 + 8 + fragment_row()) * 4);
+#pragma unroll
+      for (int32 i = 0; i < 128; ++i) o[i] *= i % 4 < 2 ? first : second;
+    }
+    mbarrier_wait(shared.full + stage * 8, step / stages & 1);
+    wgmma_fence();
+    const SharedAddress v = shared.kv + stage * stage_bytes + half * 4 * chunk_bytes;
+#pragma unroll
+    for (int32 i = 0; i < 4; ++i)
+      wgmma_shared<Input, Major::depth, Major::width>(o, depth_major(shared.p) + i * 2,
+                                                      width_major(v) + i * (2048 >> 4), true);
+    wgmma_commit();
+    if (loads && step + 2 < item.count) {
+      mbarrier_wait(shared.rope_free, step + 1 & 1);
+      load_rope(params, shared, item, step + 2);
+    }
+    wgmma_wait<0>();
+    sync_warp();
+    if (lane == 0) {
+      mbarrier_arrive(shared.p_free);
+      mbarrier_arrive(shared.empty + stage * 8);
+    }
+    if (loads && step + stages < item.count) {
+      mbarrier_wait(shared.empty + stage * 8, step / stages & 1);
+      load_latent(params, shared, item, step + stages);
+    }
+    sync_warp();
+  }
+  sync_block();  // every alpha has been read
+  sync_block();  // factors are there
+  write_half(o, params.attention, shared, item, parts, half);
+}
+
+// --- An item.
+
+// This item's rows of all splits; `first`, … are those of its row 0.
+DEVICE GlobalParts parts_of(const AttentionParams& params, const Schedule& schedule,
+                            const DecodeWork& work) {
+  const int32 step = work.splits > 1 ? schedule.row_blocks(DecodeRequest(params, work.request)) : 0;
+  const int32 before = work.splits > 1 ? schedule.more_items_before(work.request) : 0;
+  const int32 second = schedule.first_items() + before + work.first_row / block_rows;
+  return {.out = params.partial_out,
+          .rows = static_cast<PartialRow*>(params.partial_rows),
+          .columns = latent,
+          .first = int64(work.place) * block_rows,
+          .second = int64(second) * block_rows,
+          .stride = int64(step) * block_rows};
+}
+
+// The last split of an item's rows to arrive merges all.
+DEVICE void merge_splits(const AttentionParams& params, const Shared& shared,
+                         const DecodeWork& work, const GlobalParts& parts) {
+  sync_block();  // this split's part is written
+  if (thread_index() == 0) {
+    const uint32 last = work.splits - 1;
+    const bool arrived = atomic_count(params.arrivals + work.place, last) == last;
+    shared_store(shared.last, arrived ? 1.f : 0.f);
+  }
+  sync_block();
+  if (shared_load(shared.last) == 0.f) return;
+  for (int32 row = warp_index(); row < work.rows; row += config.threads() / warp_size) {
+    const int32 index = work.first_row + row;
+    const QueryRow place{work.request, work.q_start, index / params.group, index % params.group};
+    GlobalParts own = parts;
+    own.first += row;
+    own.second += row;
+    write_row<Output>(params, place, merge_row<latent>(own, work.splits));
+  }
+}
+
+// All items of this block, with what its warp-group does for each.
+template <typename Role>
+DEVICE void each_item(const AttentionParams& params, const Shared& shared, const Role& role) {
+  const Schedule schedule(params);
+  bool first = true;
+  for (int32 number = block_index(); number < params.items; number += grid_size()) {
+    const DecodeWork work = schedule.find(number);
+    if (!work.exists) continue;
+    if (thread_index() == 0) shared.begin(first);
+    sync_block();
+    first = false;
+    const GlobalParts parts = parts_of(params, schedule, work);
+    role(Item(params, work), parts);
+    if (work.splits > 1) merge_splits(params, shared, work, parts);
+    sync_block();  // nobody uses shared memory any more
+  }
+}
+
+KERNEL void __launch_bounds__(config.threads(), 1)
+    mla_decode_sm90(const __grid_constant__ MlaParams params) {
+  const Shared shared;
+  const int32 group = warp_index() / 4;
+  if (group == 0) {
+    registers_increase<184>();
+    each_item(params.attention, shared, [&](const Item& item, const GlobalParts& parts) {
+      score(params, shared, item, parts);
+    });
+  } else {
+    registers_decrease<160>();
+    each_item(params.attention, shared, [&](const Item& item, const GlobalParts& parts) {
+      weigh(params, shared, item, parts, group - 1);
+    });
+  }
+}
