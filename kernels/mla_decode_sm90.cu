@@ -17,6 +17,7 @@
 #include <attention/config.cuh>
 #include <attention/decode_item.cuh>
 #include <attention/decode_work.cuh>
+#include <attention/mla_item.cuh>
 #include <attention/online_softmax.cuh>
 #include <attention/partial.cuh>
 #include <attention/row_result.cuh>
@@ -32,6 +33,7 @@
 #include <ptx/tma.cuh>
 #include <ptx/wgmma.cuh>
 #include <tile/copy.cuh>
+#include <tile/descriptor.cuh>
 #include <tile/swizzle.cuh>
 
 constexpr MlaConfig config{CUATTN_CONFIG};
@@ -43,77 +45,10 @@ struct MlaParams {
   TensorMap wide, one;  // of the cache: boxes of 64 columns, four chunks (of large pages) and one
 };
 
-constexpr int32 block_rows = 64, tile_keys = 64, latent = 512, group_threads = 128;
-constexpr int32 stages = 3, chunk_bytes = 8192, latent_chunks = 8;
-constexpr int32 stage_bytes = latent_chunks * chunk_bytes;
-constexpr int32 q_chunks = 7;  // in registers
 constexpr int32 page_rows = minimum(config.page_size, tile_keys);
 constexpr float lazy = 8.f;  // log2: how far maxima may lag behind before O is rescaled
-using Schedule = DecodeSchedule<block_rows>;
-
-struct Shared {
-  SharedAddress kv, rope, p, q, alpha, flags, last;
-  SharedAddress full, empty, rope_full, rope_free, p_ready, p_free, q_read;
-
-  DEVICE Shared() {
-    SharedCarver carver;
-    kv = carver.take(stages * stage_bytes, "kv");
-    rope = carver.take(chunk_bytes, "rope");
-    p = carver.take(chunk_bytes, "p");
-    q = carver.take(2 * chunk_bytes, "q");  // its last two chunks
-    alpha = carver.take(block_rows * 4, "alpha", 16);
-    flags = carver.take(4 * 4, "flags", 16);
-    last = carver.take(4, "last", 16);
-    full = carver.take(stages * 8, "full", 8);
-    empty = carver.take(stages * 8, "empty", 8);
-    rope_full = carver.take(8, "rope_full", 8);
-    rope_free = carver.take(8, "rope_free", 8);
-    p_ready = carver.take(8, "p_ready", 8);
-    p_free = carver.take(8, "p_free", 8);
-    q_read = carver.take(8, "q_read", 8);
-  }
-
-  // Every item begins with fresh barriers, at phase 0.
-  DEVICE void begin(bool first) const {
-    for (int32 i = 0; i < 2 * stages + 5 && !first; ++i) mbarrier_invalidate(full + i * 8);
-    for (int32 stage = 0; stage < stages; ++stage) {
-      mbarrier_init(full + stage * 8, 1);
-      mbarrier_init(empty + stage * 8, 8);  // warps of both P V
-    }
-    mbarrier_init(rope_full, 1);
-    mbarrier_init(rope_free, 4);
-    mbarrier_init(p_ready, 4);
-    mbarrier_init(p_free, 8);
-    mbarrier_init(q_read, 4);
-    fence_mbarrier_init();
-  }
-};
-
-// An item and its tiles.
-struct Item {
-  DecodeWork work;
-  RowVisibility visibility;
-  int32 keys;   // that some row sees: [0, keys)
-  int32 count;  // tiles of this split
-
-  DEVICE Item(const AttentionParams& params, const DecodeWork& work)
-      : work(work),
-        visibility(work.visibility(params)),
-        keys(visibility.keys_of(work.rows - 1).end),
-        count(ceil_div(maximum(ceil_div(keys, tile_keys) - work.split, 0), work.splits)) {}
-
-  DEVICE int32 first_key(int32 step) const { return (work.split + step * work.splits) * tile_keys; }
-};
-
-// An operand whose rows of 128 bytes lie along the depth.
-DEVICE uint64 depth_major(SharedAddress start) {
-  return uint64(start >> 4) | uint64(1) << 16 | uint64(1024 >> 4) << 32 | uint64(1) << 62;
-}
-// V: keys are the depth, 64 columns to a chunk.
-DEVICE uint64 width_major(SharedAddress start) {
-  return uint64(start >> 4) | uint64(chunk_bytes >> 4) << 16 | uint64(1024 >> 4) << 32 |
-         uint64(1) << 62;
-}
+// All warp-groups, wherever each is in its code.
+DEVICE void meet() { named_barrier_sync<2, config.threads()>(); }
 
 // --- Loads, by one thread.
 
@@ -309,8 +244,8 @@ DEVICE void conclude(const Scores& state, const AttentionParams& params, const S
   }
 }
 
-DEVICE void score(const MlaParams& params, const Shared& shared, const Item& item,
-                  const GlobalParts& parts) {
+DEVICE void score(const MlaParams& params, const Shared& shared, const Schedule& schedule,
+                  const Item& item) {
   const AttentionParams& attention = params.attention;
   Scores state;
   state.scale = (attention.scale_array ? *attention.scale_array : attention.scale) * log2_e;
@@ -330,14 +265,14 @@ DEVICE void score(const MlaParams& params, const Shared& shared, const Item& ite
     soften(state, item, step);
   }
   if (item.count > 0) publish(state, shared, item.count - 1);
-  sync_block();  // every alpha has been read
+  meet();  // every alpha has been read
   const Finish finish{
       .scale = 1.f,
       .out_scale = attention.out_scale_array ? *attention.out_scale_array : attention.out_scale,
       .has_sink = attention.sinks != nullptr,
       .sink = 0.f};
-  conclude(state, attention, shared, item, parts, finish);
-  sync_block();
+  conclude(state, attention, shared, item, parts_of(attention, schedule, item.work), finish);
+  meet();
 }
 
 // --- O.
@@ -367,8 +302,8 @@ DEVICE void write_half(const float (&o)[128], const AttentionParams& params, con
   }
 }
 
-DEVICE void weigh(const MlaParams& params, const Shared& shared, const Item& item,
-                  const GlobalParts& parts, int32 half) {
+DEVICE void weigh(const MlaParams& params, const Shared& shared, const Schedule& schedule,
+                  const Item& item, int32 half) {
   const int32 lane = lane_index(), warp = warp_index() % 4;
   const bool loads = half == 0 && warp == 0 && lane == 0;
   if (loads) {
@@ -403,7 +338,7 @@ DEVICE void weigh(const MlaParams& params, const Shared& shared, const Item& ite
 #pragma unroll
     for (int32 i = 0; i < 4; ++i)
       wgmma_shared<Input, Major::depth, Major::width>(o, depth_major(shared.p) + i * 2,
-                                                      width_major(v) + i * (2048 >> 4), true);
+                                                      width_major<tile_keys>(v) + i * 128, true);
     wgmma_commit();
     if (loads && step + 2 < item.count) {
       mbarrier_wait(shared.rope_free, step + 1 & 1);
@@ -421,37 +356,24 @@ DEVICE void weigh(const MlaParams& params, const Shared& shared, const Item& ite
     }
     sync_warp();
   }
-  sync_block();  // every alpha has been read
-  sync_block();  // factors are there
-  write_half(o, params.attention, shared, item, parts, half);
+  meet();  // every alpha has been read
+  meet();  // factors are there
+  write_half(o, params.attention, shared, item, parts_of(params.attention, schedule, item.work),
+             half);
 }
 
 // --- An item.
 
-// This item's rows of all splits; `first`, … are those of its row 0.
-DEVICE GlobalParts parts_of(const AttentionParams& params, const Schedule& schedule,
-                            const DecodeWork& work) {
-  const int32 step = work.splits > 1 ? schedule.row_blocks(DecodeRequest(params, work.request)) : 0;
-  const int32 before = work.splits > 1 ? schedule.more_items_before(work.request) : 0;
-  const int32 second = schedule.first_items() + before + work.first_row / block_rows;
-  return {.out = params.partial_out,
-          .rows = static_cast<PartialRow*>(params.partial_rows),
-          .columns = latent,
-          .first = int64(work.place) * block_rows,
-          .second = int64(second) * block_rows,
-          .stride = int64(step) * block_rows};
-}
-
 // The last split of an item's rows to arrive merges all.
 DEVICE void merge_splits(const AttentionParams& params, const Shared& shared,
                          const DecodeWork& work, const GlobalParts& parts) {
-  sync_block();  // this split's part is written
+  meet();  // this split's part is written
   if (thread_index() == 0) {
     const uint32 last = work.splits - 1;
     const bool arrived = atomic_count(params.arrivals + work.place, last) == last;
     shared_store(shared.last, arrived ? 1.f : 0.f);
   }
-  sync_block();
+  meet();
   if (shared_load(shared.last) == 0.f) return;
   for (int32 row = warp_index(); row < work.rows; row += config.threads() / warp_size) {
     const int32 index = work.first_row + row;
@@ -472,12 +394,11 @@ DEVICE void each_item(const AttentionParams& params, const Shared& shared, const
     const DecodeWork work = schedule.find(number);
     if (!work.exists) continue;
     if (thread_index() == 0) shared.begin(first);
-    sync_block();
+    meet();
     first = false;
-    const GlobalParts parts = parts_of(params, schedule, work);
-    role(Item(params, work), parts);
-    if (work.splits > 1) merge_splits(params, shared, work, parts);
-    sync_block();  // nobody uses shared memory any more
+    role(schedule, Item(params, work));
+    if (work.splits > 1) merge_splits(params, shared, work, parts_of(params, schedule, work));
+    meet();  // nobody uses shared memory any more
   }
 }
 
@@ -487,13 +408,13 @@ KERNEL void __launch_bounds__(config.threads(), 1)
   const int32 group = warp_index() / 4;
   if (group == 0) {
     registers_increase<184>();
-    each_item(params.attention, shared, [&](const Item& item, const GlobalParts& parts) {
-      score(params, shared, item, parts);
+    each_item(params.attention, shared, [&](const Schedule& schedule, const Item& item) {
+      score(params, shared, schedule, item);
     });
   } else {
     registers_decrease<160>();
-    each_item(params.attention, shared, [&](const Item& item, const GlobalParts& parts) {
-      weigh(params, shared, item, parts, group - 1);
+    each_item(params.attention, shared, [&](const Schedule& schedule, const Item& item) {
+      weigh(params, shared, schedule, item, group - 1);
     });
   }
 }
