@@ -389,16 +389,15 @@ DEVICE void merge_splits(const AttentionParams& params, const Shared& shared,
 template <typename Role>
 DEVICE void each_item(const AttentionParams& params, const Shared& shared, const Role& role) {
   const Schedule schedule(params);
-  bool first = true;
   for (int32 number = block_index(); number < params.items; number += grid_size()) {
     const DecodeWork work = schedule.find(number);
     if (!work.exists) continue;
-    if (thread_index() == 0) shared.begin(first);
+    if (thread_index() == 0) shared.begin();
     meet();
-    first = false;
     role(schedule, Item(params, work));
     if (work.splits > 1) merge_splits(params, shared, work, parts_of(params, schedule, work));
     meet();  // nobody uses shared memory any more
+    if (thread_index() == 0) shared.end();
   }
 }
 

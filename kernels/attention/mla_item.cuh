@@ -35,9 +35,7 @@ struct Shared {
     q_read = p_free + 8;
   }
 
-  // Every item begins with fresh barriers, at phase 0.
-  DEVICE void begin(bool first) const {
-    for (int32 i = 0; i < barriers && !first; ++i) mbarrier_invalidate(full + i * 8);
+  DEVICE void begin() const {
     for (int32 stage = 0; stage < stages; ++stage) {
       mbarrier_init(full + stage * 8, 1);
       mbarrier_init(empty + stage * 8, 8);  // warps of both P V
@@ -68,8 +66,9 @@ struct Item {
 };
 
 // This item's rows of all splits; `first`, … are those of its row 0.
-DEVICE GlobalParts parts_of(const AttentionParams& params, const Schedule& schedule,
-                            const DecodeWork& work) {
+DEVICE GlobalParts parts_of(const AttentionParams& params, const DecodeWork& work) {
+  if (work.splits == 1) return {};
+  const Schedule schedule(params);
   const int32 step = work.splits > 1 ? schedule.row_blocks(DecodeRequest(params, work.request)) : 0;
   const int32 before = work.splits > 1 ? schedule.more_items_before(work.request) : 0;
   const int32 second = schedule.first_items() + before + work.first_row / block_rows;
