@@ -244,8 +244,7 @@ DEVICE void conclude(const Scores& state, const AttentionParams& params, const S
   }
 }
 
-DEVICE void score(const MlaParams& params, const Shared& shared, const Schedule& schedule,
-                  const Item& item) {
+DEVICE void score(const MlaParams& params, const Shared& shared, const Item& item) {
   const AttentionParams& attention = params.attention;
   Scores state;
   state.scale = (attention.scale_array ? *attention.scale_array : attention.scale) * log2_e;
@@ -271,7 +270,7 @@ DEVICE void score(const MlaParams& params, const Shared& shared, const Schedule&
       .out_scale = attention.out_scale_array ? *attention.out_scale_array : attention.out_scale,
       .has_sink = attention.sinks != nullptr,
       .sink = 0.f};
-  conclude(state, attention, shared, item, parts_of(attention, schedule, item.work), finish);
+  conclude(state, attention, shared, item, parts_of(attention, item.work), finish);
   meet();
 }
 
@@ -302,8 +301,7 @@ DEVICE void write_half(const float (&o)[128], const AttentionParams& params, con
   }
 }
 
-DEVICE void weigh(const MlaParams& params, const Shared& shared, const Schedule& schedule,
-                  const Item& item, int32 half) {
+DEVICE void weigh(const MlaParams& params, const Shared& shared, const Item& item, int32 half) {
   const int32 lane = lane_index(), warp = warp_index() % 4;
   const bool loads = half == 0 && warp == 0 && lane == 0;
   if (loads) {
@@ -358,15 +356,14 @@ DEVICE void weigh(const MlaParams& params, const Shared& shared, const Schedule&
   }
   meet();  // every alpha has been read
   meet();  // factors are there
-  write_half(o, params.attention, shared, item, parts_of(params.attention, schedule, item.work),
-             half);
+  write_half(o, params.attention, shared, item, parts_of(params.attention, item.work), half);
 }
 
 // --- An item.
 
 // The last split of an item's rows to arrive merges all.
 DEVICE void merge_splits(const AttentionParams& params, const Shared& shared,
-                         const DecodeWork& work, const GlobalParts& parts) {
+                         const DecodeWork& work) {
   meet();  // this split's part is written
   if (thread_index() == 0) {
     const uint32 last = work.splits - 1;
@@ -375,6 +372,7 @@ DEVICE void merge_splits(const AttentionParams& params, const Shared& shared,
   }
   meet();
   if (shared_load(shared.last) == 0.f) return;
+  const GlobalParts parts = parts_of(params, work);
   for (int32 row = warp_index(); row < work.rows; row += config.threads() / warp_size) {
     const int32 index = work.first_row + row;
     const QueryRow place{work.request, work.q_start, index / params.group, index % params.group};
@@ -385,35 +383,21 @@ DEVICE void merge_splits(const AttentionParams& params, const Shared& shared,
   }
 }
 
-// All items of this block, with what its warp-group does for each.
-template <typename Role>
-DEVICE void each_item(const AttentionParams& params, const Shared& shared, const Role& role) {
-  const Schedule schedule(params);
-  for (int32 number = block_index(); number < params.items; number += grid_size()) {
-    const DecodeWork work = schedule.find(number);
-    if (!work.exists) continue;
-    if (thread_index() == 0) shared.begin();
-    meet();
-    role(schedule, Item(params, work));
-    if (work.splits > 1) merge_splits(params, shared, work, parts_of(params, schedule, work));
-    meet();  // nobody uses shared memory any more
-    if (thread_index() == 0) shared.end();
-  }
-}
-
 KERNEL void __launch_bounds__(config.threads(), 1)
     mla_decode_sm90(const __grid_constant__ MlaParams params) {
+  const DecodeWork work = Schedule(params.attention).find(block_index());
+  if (!work.exists) return;
   const Shared shared;
+  if (thread_index() == 0) shared.begin();
+  meet();
+  const Item item(params.attention, work);
   const int32 group = warp_index() / 4;
   if (group == 0) {
     registers_increase<184>();
-    each_item(params.attention, shared, [&](const Schedule& schedule, const Item& item) {
-      score(params, shared, schedule, item);
-    });
+    score(params, shared, item);
   } else {
     registers_decrease<160>();
-    each_item(params.attention, shared, [&](const Schedule& schedule, const Item& item) {
-      weigh(params, shared, schedule, item, group - 1);
-    });
+    weigh(params, shared, item, group - 1);
   }
+  if (work.splits > 1) merge_splits(params.attention, shared, work);
 }

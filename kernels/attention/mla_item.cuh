@@ -69,9 +69,9 @@ struct Item {
 DEVICE GlobalParts parts_of(const AttentionParams& params, const DecodeWork& work) {
   if (work.splits == 1) return {};
   const Schedule schedule(params);
-  const int32 step = work.splits > 1 ? schedule.row_blocks(DecodeRequest(params, work.request)) : 0;
-  const int32 before = work.splits > 1 ? schedule.more_items_before(work.request) : 0;
-  const int32 second = schedule.first_items() + before + work.first_row / block_rows;
+  const int32 step = schedule.row_blocks(DecodeRequest(params, work.request));
+  const int32 second = schedule.first_items() + schedule.more_items_before(work.request) +
+                       work.first_row / block_rows;
   return {.out = params.partial_out,
           .rows = static_cast<PartialRow*>(params.partial_rows),
           .columns = latent,
