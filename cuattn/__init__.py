@@ -10,6 +10,7 @@ from ._validate import validate
 from .append import append_kv, append_mla_kv
 from .decode import decode
 from .merge import merge_states
+from .mla import mla_decode
 from .prefill import prefill, prefill_paged, prefill_ragged
 from .skip_softmax import SkipSoftmax, SkipStats
 
@@ -23,6 +24,7 @@ __all__ = [
     "append_mla_kv",
     "decode",
     "merge_states",
+    "mla_decode",
     "prefill",
     "prefill_paged",
     "prefill_ragged",

@@ -6,7 +6,7 @@ record.  Finding it is all that a call in steady state does besides allocating a
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from operator import itemgetter
 from typing import Any, NamedTuple
@@ -16,12 +16,14 @@ from ml_dtypes import bfloat16
 
 from . import (
     _check,
+    _check_mla,
     _device,
     _heuristics,
     _ingest,
     _launch,
     _overlap,
     _params,
+    _tensor_map,
     _validate,
     _workspace,
 )
@@ -43,6 +45,8 @@ class Form:
     plan: Callable[[Problem, Device], Plan]
     arrays: tuple[str, ...]  # names, in the order of the views
     decodes: bool = False
+    # What the parameters end with, from the pointer of k and what encodes one tensor map.
+    maps: Callable[[Problem, int, _tensor_map.Encode], bytes] | None = None
 
 
 class Keywords(NamedTuple):
@@ -92,6 +96,13 @@ RAGGED = Form(
 )
 PAGED = Form(_check.paged, _heuristics.prefill, _PAGES)
 DECODE = Form(_check.decode, _heuristics.decode, _PAGES, decodes=True)
+MLA = Form(
+    _check_mla.mla_decode,
+    _heuristics.mla_decode,
+    ("q", "kv_cache", *_PAGES[3:]),
+    decodes=True,
+    maps=_tensor_map.maps_of,
+)
 
 
 _SkipKey = tuple[str, bool, float, bool, bool]  # source, unsafe, number, counted, certificate
@@ -171,6 +182,7 @@ def attend(
         more,
         skip_key,
         (pointers[0] | pointers[1] | pointers[2] | out_at) & 15,
+        form.maps and pointers[1],
         causal,
         causal.__class__,  # 1 == True
         window_left,
@@ -287,7 +299,11 @@ def _emulate(
         if size:
             results[name] = np.full(size, fill, np.uint8)
     inputs = {name: view for name, view in named.items() if view is not None}
-    _launch.launch([plan.step], _params.POINTERS, rest, inputs, results, settings)
+
+    def behind(places: Mapping[str, int]) -> bytes:
+        return form.maps(problem, places["k"], _launch.encode) if form.maps else b""
+
+    _launch.launch([plan.step], _params.POINTERS, rest, inputs, results, settings, behind)
     out = results["out"] if keywords.out is None else keywords.out
     lse = None
     if return_lse:
@@ -339,6 +355,8 @@ def _prepare(asked: _Asked) -> _Prepared:
     """Check a call of a new kind, plan it, and load its kernel on the current device."""
     device = _device.describe(asked.views[0].device)
     problem, plan, rest = _planned(asked, device)
+    if asked.form.maps is not None:
+        rest += asked.form.maps(problem, asked.views[1].pointer, _tensor_map.encode)
     return _Prepared(
         _launch.prepare([plan.step], device, _params.POINTER_BYTES, rest),
         problem.out_shape,

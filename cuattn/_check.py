@@ -58,7 +58,8 @@ def batched(q: View, k: View, v: View, options: Options) -> Problem:
         if view.shape[0] != q.shape[0]:
             raise ValueError(f"{name} has batch {view.shape[0]}; wanted q's {q.shape[0]}")
     _check_arrays.same("tokens", k, v, 1)
-    return _problem("batched", q, k, v, options, _Sizes(q.shape[0], q.shape[1], k.shape[1]))
+    _heads_and_dims(q, k, v, "batched")
+    return problem("batched", q, k, v, options, Sizes(q.shape[0], q.shape[1], k.shape[1]))
 
 
 def ragged(
@@ -73,7 +74,8 @@ def ragged(
         raise ValueError(
             f"cu_seqlens_kv has {batch_kv + 1} elements; wanted cu_seqlens_q's {batch + 1}"
         )
-    return _problem("ragged", q, k, v, options, _Sizes(batch, q.shape[0], k.shape[0]))
+    _heads_and_dims(q, k, v, "ragged")
+    return problem("ragged", q, k, v, options, Sizes(batch, q.shape[0], k.shape[0]))
 
 
 def paged(
@@ -92,8 +94,9 @@ def paged(
     page_size = _page_size(k, v, layout)
     batch, max_pages = _tables(block_tables, seq_lens, q)
     _one_more("cu_seqlens_q", cu_seqlens_q, q, batch)
-    sizes = _Sizes(batch, q.shape[0], max_pages * page_size, page_size)
-    return _problem("paged", q, k, v, options, sizes)
+    _heads_and_dims(q, k, v, "paged")
+    sizes = Sizes(batch, q.shape[0], max_pages * page_size, page_size)
+    return problem("paged", q, k, v, options, sizes)
 
 
 def decode(
@@ -108,15 +111,36 @@ def decode(
 ) -> Problem:
     """Check q of few tokens a request against two 4-D caches in the caller's layout and a table."""
     k, v = page_views(k_cache, v_cache, layout)
-    if cu_seqlens_q is None and len(q.shape) not in (3, 4):
+    rank, wanted = decode_rank(q, cu_seqlens_q is not None)
+    _check_arrays.inputs(q, k, v, rank=rank, wanted=wanted, cache=True)
+    _page_size(k, v, layout)
+    _heads_and_dims(q, k, v, "decode")
+    return decode_problem(q, k, v, block_tables, seq_lens, cu_seqlens_q, options)
+
+
+def decode_rank(q: View, ragged: bool) -> tuple[int, str]:
+    """Return how many axes q must have, and which."""
+    if ragged:
+        return 3, "[tokens, heads, head_dim]"
+    if len(q.shape) not in (3, 4):
         raise ValueError(
             f"q has shape {q.shape}; wanted [batch, heads, head_dim] or [batch, q_len, heads, "
             "head_dim]"
         )
-    rank = len(q.shape) if cu_seqlens_q is None else 3
-    wanted = "[batch, heads, head_dim]" if cu_seqlens_q is None else "[tokens, heads, head_dim]"
-    _check_arrays.inputs(q, k, v, rank=rank, wanted=wanted, cache=True)
-    page_size = _page_size(k, v, layout)
+    return len(q.shape), "[batch, heads, head_dim]"
+
+
+def decode_problem(
+    q: View,
+    k: View,
+    v: View,
+    block_tables: View,
+    seq_lens: View,
+    cu_seqlens_q: View | None,
+    options: Options,
+) -> Problem:
+    """Check what goes with q and caches [pages, heads, page_size, dim] that fit each other."""
+    page_size = k.shape[2]
     batch, max_pages = _tables(block_tables, seq_lens, q)
     if cu_seqlens_q is not None:
         _one_more("cu_seqlens_q", cu_seqlens_q, q, batch)
@@ -124,20 +148,20 @@ def decode(
     elif q.shape[0] != batch:
         raise ValueError(f"q has batch {q.shape[0]}; wanted {batch}, as block_tables has rows")
     else:
-        q_len = 1 if rank == 3 else q.shape[1]
+        q_len = 1 if len(q.shape) == 3 else q.shape[1]
         tokens = batch * q_len
     if options.batch_invariant is not None:
         flag("batch_invariant", options.batch_invariant)
     form = "decode" if cu_seqlens_q is None else "decode_ragged"
-    sizes = _Sizes(batch, q_len, max_pages * page_size, page_size)
+    sizes = Sizes(batch, q_len, max_pages * page_size, page_size)
     return replace(
-        _problem(form, q, k, v, options, sizes),
+        problem(form, q, k, v, options, sizes),
         tokens=tokens,
         batch_invariant=bool(options.batch_invariant),
     )
 
 
-class _Sizes(NamedTuple):
+class Sizes(NamedTuple):
     """Those fields of a Problem that every form reads from another place."""
 
     batch: int
@@ -146,14 +170,14 @@ class _Sizes(NamedTuple):
     page_size: int = 0
 
 
-def _problem(form: str, q: View, k: View, v: View, options: Options, sizes: _Sizes) -> Problem:
-    """Check what the three forms share, and make the record."""
+def _heads_and_dims(q: View, k: View, v: View, form: str) -> None:
+    """Check heads and head dims against each other."""
+    cache = form in ("paged", "decode")
     q_heads, head_dim = q.shape[-2:]
-    batch, q_len, kv_len, page_size = sizes
-    head_axis = 1 if page_size else -2
+    head_axis = 1 if cache else -2
     kv_heads, head_dim_v = k.shape[head_axis], v.shape[-1]
-    k_name, v_name = _check_arrays.cache_names(bool(page_size))
-    _check_arrays.same("heads", k, v, head_axis, cache=bool(page_size))
+    k_name, v_name = _check_arrays.cache_names(cache)
+    _check_arrays.same("heads", k, v, head_axis, cache=cache)
     if q_heads == 0 or kv_heads == 0 or q_heads % kv_heads:
         raise ValueError(
             f"{k_name} has {kv_heads} heads, which does not divide q's {q_heads}; wanted q's heads "
@@ -166,6 +190,13 @@ def _problem(form: str, q: View, k: View, v: View, options: Options, sizes: _Siz
             raise ValueError(
                 f"{name} has head_dim {dim}; wanted a multiple of 8 from 8 to {MAX_HEAD_DIM}"
             )
+
+
+def problem(form: str, q: View, k: View, v: View, options: Options, sizes: Sizes) -> Problem:
+    """Check what all forms share, and make the record."""
+    q_heads, head_dim = q.shape[-2:]
+    batch, q_len, kv_len, page_size = sizes
+    kv_heads, head_dim_v = k.shape[1 if page_size else -2], v.shape[-1]
     counts = {"batch": batch, "query heads": q_heads, "query tokens": q_len, "key tokens": kv_len}
     for what, size in {**counts, "pages": k.shape[0] if page_size else 0}.items():
         if size >= INT32_LIMIT:

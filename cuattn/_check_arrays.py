@@ -22,16 +22,21 @@ def inputs(q: View, k: View, v: View, *, rank: int, wanted: str, cache: bool = F
         if not cache and len(view.shape) != rank:
             raise ValueError(f"{name} has shape {view.shape}; wanted {rank} axes {wanted}")
     for name, view in (("q", q), (k_name, k), (v_name, v)):
-        if view.dtype.startswith("float8"):
-            raise TypeError(
-                f"{name} is {view.dtype}, not supported yet; wanted {' or '.join(INPUT_DTYPES)}"
-            )
-        if view.dtype not in INPUT_DTYPES:
-            raise TypeError(f"{name} is {view.dtype}; wanted {' or '.join(INPUT_DTYPES)}")
-        if view.dtype != q.dtype:
-            raise TypeError(f"{name} is {view.dtype}; wanted q's {q.dtype}")
-        same_device(name, view, q)
-        strides(name, view)
+        input_array(name, view, q)
+
+
+def input_array(name: str, view: View, q: View) -> None:
+    """Check dtype, device, strides and alignment of q, or of what goes with it."""
+    if view.dtype.startswith("float8"):
+        raise TypeError(
+            f"{name} is {view.dtype}, not supported yet; wanted {' or '.join(INPUT_DTYPES)}"
+        )
+    if view.dtype not in INPUT_DTYPES:
+        raise TypeError(f"{name} is {view.dtype}; wanted {' or '.join(INPUT_DTYPES)}")
+    if view.dtype != q.dtype:
+        raise TypeError(f"{name} is {view.dtype}; wanted q's {q.dtype}")
+    same_device(name, view, q)
+    strides(name, view)
 
 
 def same(what: str, k: View, v: View, axis: int, *, cache: bool = False) -> None:

@@ -174,6 +174,11 @@ def mla_views(
     )
 
 
+def mla_cache(cache: View) -> View:
+    """Return an MLA cache as [pages, 1, page_size, row]."""
+    return _formed(cache, _mla_pages(cache[1], cache[2]))
+
+
 def _formed(view: View, form: _Form, offset: int = 0) -> View:
     # NOTE: four a call; `_replace` would cost 3 µs more.
     return tuple.__new__(View, (view[0] + offset, *form, *view[3:]))
@@ -204,6 +209,7 @@ def _mla_forms(
     return ((*pages[:-1], latent), strides), ((*pages[:-1], rope), strides), rows, rope_rows
 
 
+@lru_cache(maxsize=256)
 def _mla_pages(shape: tuple[int, ...], strides: tuple[int, ...]) -> _Form:
     """Return shape and strides of [pages, 1, page_size, row]."""
     if len(shape) == 4 and 1 in shape[1:3]:

@@ -75,6 +75,29 @@ class DecodeConfig:
         return _initialisers(self)
 
 
+@dataclass(frozen=True, slots=True)
+class MlaConfig:
+    """Configuration of MLA decode."""
+
+    element: str = "bfloat16"
+    output: str = "bfloat16"
+    page_size: int = 64
+
+    @property
+    def threads(self) -> int:
+        """Threads of a block: three warp-groups."""
+        return 384
+
+    @property
+    def shared_memory(self) -> int:
+        """Bytes of a block: three tiles of latent columns, Q's and K's last ones, P, barriers."""
+        return 231_424
+
+    def define(self) -> str:
+        """Return the designated initialisers that stand behind ``-DCUATTN_CONFIG=``."""
+        return _initialisers(self)
+
+
 def _row_bytes(head_dim: int) -> int:
     """Bytes of a row in shared memory."""
     return -(-head_dim // CHUNK) * CHUNK * 2

@@ -8,7 +8,7 @@ from itertools import product
 
 import numpy as np
 
-from ._config import CHUNK, DecodeConfig, FmhaConfig
+from ._config import CHUNK, DecodeConfig, FmhaConfig, MlaConfig
 from ._records import DecodeGeometry, Device, Geometry, Plan, Problem, SplitRule
 
 # Head dimensions that kernels are compiled for; others are rounded up and the rest is zeros.
@@ -130,17 +130,9 @@ def decode(problem: Problem, device: Device) -> Plan:
     whole = row_blocks * problem.kv_heads  # items, if no request is cut
     config = _decode_config(problem, device, rows, whole)
     places = config.blocks * device.multiprocessors
-    alone = problem.batch_invariant
-    smallest = SMALLEST_INVARIANT_SPLIT if alone else SMALLEST_SPLIT
     # Small blocks share a multiprocessor, so the last ones are slow: finer loads end together.
     loads = places if config.blocks == 1 else WAVES * places
-    share = float(np.float32(problem.kv_heads / loads))
-    rule = SplitRule(share, smallest, alone)
-    # No more parts of one load or more than there are loads, and of a request than its keys allow.
-    most = min(max(loads // problem.kv_heads, 1), max(_most_keys(problem) // smallest, 1))
-    more = whole * (most - 1)
-    items = whole + (more if alone else min(more, loads + problem.kv_heads))
-    sizes = (items * rows * problem.head_dim_v * 4, items * rows * 16, whole * 4)
+    rule, most, items = _splits(problem, whole, loads)
     return Plan(
         kernel="decode",
         config=config,
@@ -152,8 +144,27 @@ def decode(problem: Problem, device: Device) -> Plan:
         reason=f"{config.warps} warps, {config.blocks} blocks a multiprocessor, "
         f"at most {most} splits",
         items=items,
-        partials=sizes if most > 1 else (0, 0, 0),
+        partials=_partials(problem, rows, whole, items) if most > 1 else (0, 0, 0),
     )
+
+
+def _splits(problem: Problem, whole: int, loads: int) -> tuple[SplitRule, int, int]:
+    """Return the rule, into how many parts it cuts a request at most, and how many items it makes.
+
+    `whole` items are there if no request is cut; the load of all is cut into `loads` parts.
+    """
+    alone = problem.batch_invariant
+    smallest = SMALLEST_INVARIANT_SPLIT if alone else SMALLEST_SPLIT
+    rule = SplitRule(float(np.float32(problem.kv_heads / loads)), smallest, alone)
+    # No more parts of one load or more than there are loads, and of a request than its keys allow.
+    most = min(max(loads // problem.kv_heads, 1), max(_most_keys(problem) // smallest, 1))
+    more = whole * (most - 1)
+    return rule, most, whole + (more if alone else min(more, loads + problem.kv_heads))
+
+
+def _partials(problem: Problem, rows: int, whole: int, items: int) -> tuple[int, int, int]:
+    """Return the bytes of partial_out, partial_rows and arrivals."""
+    return items * rows * problem.head_dim_v * 4, items * rows * 16, whole * 4
 
 
 def _most_keys(problem: Problem) -> int:
@@ -221,12 +232,51 @@ def decode_tile(
     return replace(config, blocks=min(fitting, WARPS // config.warps))
 
 
-def shipped_configs(arch: str) -> list[tuple[str, FmhaConfig | DecodeConfig]]:
+# --- MLA decode -----------------------------------------------------------------------------------
+
+MLA_KERNEL = "mla_decode_sm90"
+MLA_ROWS = 64  # query rows, and keys a tile
+
+
+@lru_cache(maxsize=4096)
+def mla_decode(problem: Problem, device: Device) -> Plan:
+    """Choose configuration, splits and grid of one call of MLA decode."""
+    if device.arch != "sm_90a":
+        major, minor = device.capability
+        raise RuntimeError(
+            f"{device.name} has compute capability {major}.{minor}; mla_decode wants 9.0 (Hopper), "
+            "the only one it has a kernel for so far"
+        )
+    if problem.form == "decode":
+        row_blocks = problem.batch * -(-problem.q_len * problem.q_heads // MLA_ROWS)
+    else:  # each request may end with a block of rows that is not full
+        row_blocks = problem.tokens * problem.q_heads // MLA_ROWS + problem.batch
+    config = MlaConfig(problem.q.dtype, problem.out_dtype, problem.page_size)
+    places = device.multiprocessors  # one block fills the shared memory
+    rule, most, items = _splits(problem, row_blocks, places)
+    return Plan(
+        kernel=MLA_KERNEL,
+        config=config,
+        q_blocks=row_blocks,
+        grid=(min(items, LINE * places) if problem.tokens else 0, 1, 1),
+        threads=config.threads,
+        shared_memory=config.shared_memory,
+        geometry=DecodeGeometry(MLA_ROWS, MLA_ROWS, 1, rule),
+        reason=f"one block a multiprocessor by shared memory, at most {most} splits",
+        items=items,
+        partials=_partials(problem, MLA_ROWS, row_blocks, items) if most > 1 else (0, 0, 0),
+    )
+
+
+# --- what is shipped ------------------------------------------------------------------------------
+
+
+def shipped_configs(arch: str) -> list[tuple[str, FmhaConfig | DecodeConfig | MlaConfig]]:
     """Return the configurations that `python -m cuattn compile` makes for one target.
 
     Compiled at first use: unequal head dimensions other than 192/128, outputs of another dtype than
     the inputs; of decode, more than 16 rows, many short items, a soft cap with skipping, and the
-    certificate of a threshold.
+    certificate of a threshold; of MLA, pages of other than 64 tokens.
     """
     shared_memory = SHARED_MEMORY[arch]
     prefill = [
@@ -254,4 +304,9 @@ def shipped_configs(arch: str) -> list[tuple[str, FmhaConfig | DecodeConfig]]:
             (dense, {"soft_cap": True}, {"skip_softmax": True}, mass_rule),
         )
     ]
-    return [*(("fmha_sm80", config) for config in prefill), *(("decode", c) for c in decode)]
+    mla = [MlaConfig(element, element) for element in ELEMENTS if arch == "sm_90a"]
+    return [
+        *(("fmha_sm80", config) for config in prefill),
+        *(("decode", config) for config in decode),
+        *((MLA_KERNEL, config) for config in mla),
+    ]

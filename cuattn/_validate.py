@@ -42,11 +42,11 @@ def validate(
 ) -> None:
     """Check what the device arrays of a call hold, and wait for the answer.
 
-    Takes the arguments of `prefill_paged`, `prefill_ragged`, `decode` or `append_kv` by their
-    names; what is left out is not checked. Only entries that the call would read are looked at, and
-    the first offender is reported: that of the first request, its prefix sums before its length,
-    its length before its pages. Requests may share pages. With ``CUATTN_CHECK=1`` in the
-    environment the calls do this themselves, except in the capture of a graph.
+    Takes the arguments of `prefill_paged`, `prefill_ragged`, `decode`, `mla_decode` or `append_kv`
+    by their names; what is left out is not checked. Only entries that the call would read are
+    looked at, and the first offender is reported: that of the first request, its prefix sums before
+    its length, its length before its pages. Requests may share pages. With ``CUATTN_CHECK=1`` in
+    the environment the calls do this themselves, except in the capture of a graph.
 
     Parameters
     ----------

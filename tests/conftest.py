@@ -244,9 +244,11 @@ TURNS: tuple[dict[str, Any], ...] = (
 def short_lines(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Let decode's blocks do several items where there are more than places for blocks."""
     monkeypatch.setattr(_heuristics, "LINE", 1)
-    _heuristics.decode.cache_clear()
+    for plan in (_heuristics.decode, _heuristics.mla_decode):
+        plan.cache_clear()
     yield
-    _heuristics.decode.cache_clear()
+    for plan in (_heuristics.decode, _heuristics.mla_decode):
+        plan.cache_clear()
 
 
 @pytest.fixture(scope="session")

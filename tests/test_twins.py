@@ -26,8 +26,8 @@ from cases import (
 )
 from decode_cases import DECODE, SKIP_DECODE, DecodeCase, decode_call, problem_of_decode
 
-from cuattn import _compile, _heuristics, _params, _sources, emulator
-from cuattn._config import DecodeConfig, FmhaConfig
+from cuattn import _compile, _heuristics, _params, _sources, _tensor_map, emulator
+from cuattn._config import DecodeConfig, FmhaConfig, MlaConfig
 from cuattn._records import (
     DecodeGeometry,
     Device,
@@ -68,11 +68,13 @@ def offsets() -> dict[str, tuple[int, str]]:
     return places
 
 
-def compile_asserts(lines: list[str], config: str = "", head: str = "") -> None:
+def compile_asserts(
+    lines: list[str], config: str = "", head: str = "", arch: str = "sm_80"
+) -> None:
     """Compile `static_assert`s after `head`; a wrong one fails with its own text."""
     checks = "\n".join(f'static_assert({line}, "{line}");' for line in lines)
     sources = {**_sources.read(), "twins.cu": f"{head}\n{checks}\nKERNEL void twins() {{}}\n"}
-    _compile.compile_kernel("twins", config, "sm_80", sources)
+    _compile.compile_kernel("twins", config, arch, sources)
 
 
 def test_parameters_lie_where_the_kernel_looks() -> None:
@@ -163,20 +165,20 @@ def test_every_number_is_packed_in_its_place() -> None:
     }
 
 
-def field_checks(name: str, config: FmhaConfig | DecodeConfig) -> list[str]:
+def field_checks(name: str, config: FmhaConfig | DecodeConfig | MlaConfig) -> list[str]:
     """`static_assert` conditions that each field has the value of the Python record."""
     literals = dict(part.split("=") for part in config.define().split(", "))
     return [f"{name}{field} == {value}" for field, value in literals.items()]
 
 
-@pytest.mark.parametrize("record", [FmhaConfig, DecodeConfig])
+@pytest.mark.parametrize("record", [FmhaConfig, DecodeConfig, MlaConfig])
 def test_configurations_have_the_same_fields_and_defaults(record: Any) -> None:
     checks = field_checks(f"{record.__name__}{{}}", record())
     assert len(checks) == len(fields(record))
     compile_asserts(checks, head="#include <attention/config.cuh>")
 
 
-@pytest.mark.parametrize("record", [FmhaConfig, DecodeConfig])
+@pytest.mark.parametrize("record", [FmhaConfig, DecodeConfig, MlaConfig])
 def test_a_configuration_arrives_field_by_field(record: Any) -> None:
     other = {"bfloat16": "float32", False: True, True: False}
     usual = {field.name: field.default for field in fields(record)}
@@ -229,6 +231,24 @@ def test_shared_memory_of_decode_is_what_the_kernel_carves(
         ],
         config=plan.config.define(),
         head=_sources.read()["decode.cu"],
+    )
+
+
+def test_mla_maps_lie_behind_the_parameters() -> None:
+    """`wide`, `one` and nothing else; shared memory is asked for as one block takes it."""
+    place = "__INTADDR__(&((MlaParams*)0)->{})"
+    behind = (_params.SIZE, _params.SIZE + _tensor_map.SIZE)
+    config = MlaConfig()
+    compile_asserts(
+        [
+            *(f"{place.format(n)} == {at}" for n, at in zip(("wide", "one"), behind, strict=True)),
+            f"sizeof(MlaParams) == {_params.SIZE + 2 * _tensor_map.SIZE}",
+            f"alignof(TensorMap) == {_tensor_map.ALIGNMENT}",
+            f"config.threads() == {config.threads}",
+        ],
+        config=config.define(),
+        head=_sources.read()["mla_decode_sm90.cu"],
+        arch="sm_90a",
     )
 
 

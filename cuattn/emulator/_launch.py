@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import ml_dtypes
@@ -15,17 +15,19 @@ from .._records import Step, View
 from ._memory import Memory
 from ._run import run
 from ._settings import Settings
+from ._tensor_map import tensor_map
 
 Array = NDArray[Any]
 
 _DTYPES = {"bfloat16": np.dtype(ml_dtypes.bfloat16)}
 
-# Where the kernel's name for an argument is not the caller's.
+# Where the kernel's name for an argument is not the caller's, or it has several.
 _PARAMETERS = {
-    "kv_cache (k)": "k",
-    "kv_cache (v)": "v",
-    "scale": "scale_array",
-    "out_scale": "out_scale_array",
+    "kv_cache": ("k", "v"),
+    "kv_cache (k)": ("k",),
+    "kv_cache (v)": ("v",),
+    "scale": ("scale_array",),
+    "out_scale": ("out_scale_array",),
 }
 
 
@@ -36,6 +38,7 @@ def launch(
     inputs: Mapping[str, View],
     results: Mapping[str, Array],
     settings: Settings,
+    behind: Callable[[Mapping[str, int]], bytes] | None = None,
 ) -> None:
     """Run kernels one after the other, all with the same parameters.
 
@@ -52,18 +55,23 @@ def launch(
     results : mapping
         Arrays that the kernel writes to, by the kernel's names; they start as they are.
     settings : Settings
+    behind : callable, optional
+        Makes what stands behind `rest` of the places in memory by the kernel's names.
     """
     steps = [step for step in steps if step.grid]
     if not steps:
         return
     with Memory() as memory:
-        places = {}
+        places: dict[str, int] = {}
         for name, view in inputs.items():
-            parameter = _PARAMETERS.get(name, name)
-            places[parameter] = memory.add(parameter, array_of(view))
+            parameters = _PARAMETERS.get(name, (name,))
+            place = memory.add(parameters[0], array_of(view))
+            places |= dict.fromkeys(parameters, place)
         for name, array in results.items():
             places[name] = memory.add(name, array, writable=True)
         packed = struct.pack(f"={len(pointers)}Q", *(places.get(n, 0) for n in pointers)) + rest
+        if behind is not None:
+            packed += behind(places)
         for kernel, config, grid, threads, shared_memory in steps:
             counts = run(
                 kernel,
@@ -92,3 +100,10 @@ def array_of(view: View) -> Array:
     span = sum((n - 1) * step for n, step in zip(view.shape, strides, strict=True)) + dtype.itemsize
     raw = memoryview((ctypes.c_ubyte * span).from_address(view.pointer))
     return np.ndarray(view.shape, dtype, raw, 0, strides)
+
+
+def encode(
+    pointer: int, sizes: tuple[int, ...], strides: tuple[int, ...], box: tuple[int, ...]
+) -> bytes:
+    """Describe an array in the emulator's memory; the twin of `cuattn._tensor_map.encode`."""
+    return tensor_map(pointer, 2, sizes, strides, box, 128)

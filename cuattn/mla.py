@@ -1,0 +1,136 @@
+"""MLA decode: few new tokens of each request over a paged cache of latent vectors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from . import _call, _check_tools, _ingest
+
+
+def mla_decode(
+    q: Any,
+    kv_cache: Any,
+    block_tables: Any,
+    seq_lens: Any,
+    *,
+    scale: Any,
+    cu_seqlens_q: Any = None,
+    out_scale: Any = None,
+    sinks: Any = None,
+    batch_invariant: bool | None = None,
+    return_lse: bool = False,
+    out: Any = None,
+    lse: Any = None,
+    out_dtype: Any = None,
+    stream: Any = None,
+) -> Any:
+    """Multi-head latent attention of each request's newest tokens, absorbed into the latent space.
+
+    All heads share one row per key: its 576 columns are the key, the first 512 of them, the latent
+    part, are the value too. Token i of a request that has n of them sees its keys up to
+    ``seq_len - n + i``, so they are in the cache already; `append_mla_kv` puts them there. GPUs of
+    compute capability 9.0 only, so far.
+
+    Parameters
+    ----------
+    q : array, ``[batch, heads, 576]`` or ``[batch, q_len, heads, 576]``
+        One token of each request, or `q_len` of them; bfloat16 or float16, up to 128 heads. Its
+        first 512 columns are multiplied by the up-projection of keys, the others are rotated. With
+        `cu_seqlens_q`: ``[tokens, heads, 576]``.
+    kv_cache : array, ``[pages, page_size, 576]``
+        Latent and rope part of each key, of q's dtype; also with a head axis of 1 before or behind
+        that of `page_size`, which is 16, 32, 64 or 128. Rows start on 16 bytes.
+    block_tables : array, int32 ``[batch, max_pages]``
+        The pages of each request, in order. Entries past its length are never read; a page number
+        outside the cache reads as zeros.
+    seq_lens : array, int32 ``[batch]``
+        Length of each request in the cache, new tokens included. Read on the device: it may change
+        between replays of a CUDA graph, up to ``max_pages * page_size``.
+    scale : float or array of one float32
+        Multiplies QKᵀ, above 0. No default: it is that of the layer before absorption, in
+        DeepSeek's models ``192 ** -0.5`` times what the rope scaling adds. An array is read by the
+        kernel.
+    cu_seqlens_q : array, int32 ``[batch + 1]``, optional
+        Prefix sums of the numbers of new tokens, where they differ.
+    out_scale : float or array of one float32, optional
+        Multiplies the output.
+    sinks : array, float32 ``[heads]``, optional
+        A logit per head, after scaling, that enters the denominator only.
+    batch_invariant : bool, optional
+        Cut a request's keys into splits by its own length alone, so that its result has the same
+        bits in every batch. By default the splits also depend on the size of the batch.
+    return_lse : bool
+        Return ``(out, lse)``.
+    out : array, q's shape with 512 columns, optional
+        Written in place and returned as it is.
+    lse : array, float32, q's shape without its last axis, optional
+        Written in place; returned if `return_lse`.
+    out_dtype : dtype, optional
+        bfloat16, float16 or float32; q's by default.
+    stream : int or object with ``__cuda_stream__`` or ``ptr``, optional
+        As in `decode`.
+
+    Returns
+    -------
+    cupy.ndarray, or a tuple of two
+        The output, still in the latent space; if asked for, the log-sum-exp of the scores (natural
+        logarithm, sink included). A row that sees no key gives 0 and −∞.
+
+    Raises
+    ------
+    ValueError, TypeError
+        Before anything is launched, naming the argument, what came and what was wanted.
+    RuntimeError
+        On a GPU that is not of compute capability 9.0.
+
+    Notes
+    -----
+    Results are the same to the bit from run to run and for every width of `block_tables`.
+
+    References
+    ----------
+    DeepSeek-V2, arXiv 2405.04434. That a tile is loaded once and two groups of warps share the
+    columns of its values is FlashMLA's idea (https://github.com/deepseek-ai/FlashMLA).
+
+    Examples
+    --------
+    >>> import cupy, cuattn                                                 # doctest: +SKIP
+    >>> cache = cupy.zeros((10, 64, 576), "float16")                       # doctest: +SKIP
+    >>> q = cupy.ones((1, 128, 576), "float16")                            # doctest: +SKIP
+    >>> tables, lengths = cupy.array([[3, 7]], "i4"), cupy.array([100], "i4")  # doctest: +SKIP
+    >>> cuattn.mla_decode(q, cache, tables, lengths, scale=192**-0.5).shape    # doctest: +SKIP
+    (1, 128, 512)
+    """
+    launch = None if stream is None else _ingest.stream_handle(stream)
+    q_view = _ingest.view(q, "q", launch)
+    cache = _check_tools.mla_cache(_ingest.view(kv_cache, "kv_cache", launch, q_view))
+    tables = _ingest.view(block_tables, "block_tables", launch, q_view)
+    lengths = _ingest.view(seq_lens, "seq_lens", launch, q_view)
+    views: tuple[Any, ...] = (q_view, cache, tables, lengths)
+    ends_at = 0
+    if cu_seqlens_q is not None:
+        ends = _ingest.view(cu_seqlens_q, "cu_seqlens_q", launch, q_view)
+        views, ends_at = (*views, ends), ends.pointer
+    pointers = (
+        q_view.pointer,
+        cache.pointer,
+        cache.pointer,
+        ends_at,
+        0,
+        lengths.pointer,
+        tables.pointer,
+    )
+    given = (
+        True,
+        -1,
+        scale,
+        out_scale,
+        0.0,
+        sinks,
+        None,
+        out,
+        lse,
+        out_dtype,
+        batch_invariant,
+    )
+    return _call.attend(_call.MLA, views, pointers, given, return_lse, launch, "HND")
