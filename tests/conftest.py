@@ -283,3 +283,12 @@ def device(request: pytest.FixtureRequest) -> Iterator[Executor]:
     with cuattn.emulator.enabled(**turn) as launches:
         yield Emulated()
     assert not any(launch.bank_conflicts for launch in launches), "ldmatrix meets bank conflicts"
+
+
+@pytest.fixture
+def hopper(device: Executor) -> Executor:
+    """A GPU that has Hopper's instructions, or the emulator."""
+    capability = device.current().capability
+    if capability != (9, 0):
+        pytest.skip(f"the device has compute capability {capability}; (9, 0) is wanted")
+    return device

@@ -46,6 +46,7 @@ def run_cases(folder: Path) -> None:
     """Run the race cases, which between them reach every branch."""
     import test_append_kv
     import test_emulator_decode
+    import test_emulator_mla
     import test_emulator_prefill as tests
     import test_merge_states
     import test_validate
@@ -61,7 +62,8 @@ def run_cases(folder: Path) -> None:
         with emulator.enabled():
             function = getattr(cuattn, call.function)
             function(*call.arrays, **call.options, skip_softmax=skip, return_lse=True)
-    for module in (test_emulator_decode, test_append_kv, test_merge_states, test_validate):
+    modules = (test_emulator_decode, test_emulator_mla)
+    for module in (*modules, test_append_kv, test_merge_states, test_validate):
         module.run_races()
 
 

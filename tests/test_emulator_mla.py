@@ -1,0 +1,76 @@
+"""The kernel of MLA decode in race mode, in every order.
+
+The whole table of cases runs in the emulator too, through the fixture `hopper`, where there is no
+GPU: see `test_mla_decode.py`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from compare import assert_same_bits
+from mla_cases import RAGGED, MlaCase, mla_call, ones
+from test_emulator_decode import ONE, On, Race, by_order
+from test_emulator_prefill import ORDERS
+
+from cuattn import _device, emulator
+from cuattn._records import Device
+
+pytestmark = [pytest.mark.emulator, pytest.mark.usefixtures("short_lines")]
+
+
+def dense(device: Device = _device.EMULATOR, **fields: Any) -> Race:
+    return Race(mla_call(MlaCase(**fields)), device=device)
+
+
+# Every branch of the kernel between them.
+RACES: dict[str, Race] = {
+    "usual": dense(),
+    "tokens": dense(lengths=((4, 130),), q_heads=20, form="tokens", scale=0.1, out_scale=0.5),
+    "ragged-page-16": dense(lengths=RAGGED, form="ragged", page_size=16, q_heads=20, sinks=True),
+    "fp16-page-32": dense(dtype="float16", page_size=32, lengths=ones(0, 203), q_heads=1),
+    "float32-out-page-128": dense(
+        out_dtype="float32",
+        page_size=128,
+        scale=0.1,
+        out_scale=2.5,
+        device_scalars=True,
+        lengths=ones(200),
+    ),
+    "splits": dense(lengths=ones(600, 0, 33), sinks=True),
+    "splits-page-16": dense(lengths=ones(520), page_size=16, q_heads=65),
+    "splits-float32-out": dense(lengths=ones(520), out_dtype="float32", out_scale=2.5),
+    "many-items": dense(ONE, lengths=ones(30, 130, 0, 65, 200)),
+    "many-items-ragged": dense(ONE, lengths=RAGGED, form="ragged"),
+    "many-splits": dense(ONE, lengths=ones(700, 30), q_heads=65),
+}
+
+
+@pytest.mark.parametrize("options", ORDERS, ids=by_order)
+@pytest.mark.parametrize("name", RACES)
+def test_no_race(name: str, options: dict[str, Any]) -> None:
+    race = RACES[name]
+    with emulator.enabled(race=True, device=race.device, **options) as launches:
+        On(race.device).check(race.call)
+    assert [launch.bank_conflicts for launch in launches] == [0]
+
+
+@pytest.mark.parametrize("name", ["splits", "splits-page-16", "many-items"])
+def test_order_does_not_matter_to_the_bit(name: str) -> None:
+    """Which split arrives last, and so merges, is not seen in the result."""
+    race = RACES[name]
+    results = []
+    for options in ORDERS:
+        with emulator.enabled(device=race.device, **options):
+            results.append(On(race.device).run(race.call))
+    for other in results[1:]:
+        assert_same_bits(other.out, results[0].out, name)
+        assert_same_bits(other.lse, results[0].lse, name)
+
+
+def run_races() -> None:
+    """Every one of them once, without looking at the results."""
+    for race in RACES.values():
+        with emulator.enabled(device=race.device):
+            On(race.device).run(race.call)
