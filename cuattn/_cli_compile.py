@@ -58,10 +58,10 @@ class Outcome:
         """The outcome in one line, the configuration last because it is the longest."""
         job = self.job
         if self.error:
-            return f"{job.arch:<7} {job.kernel:<12} FAILED  {job.label}"
+            return f"{job.arch:<7} {job.kernel:<15} FAILED  {job.label}"
         when = f"{self.seconds:5.2f} s" if self.fresh else " cached"
         return (
-            f"{job.arch:<7} {job.kernel:<12} {self.registers:4} registers "
+            f"{job.arch:<7} {job.kernel:<15} {self.registers:4} registers "
             f"{self.spills:5} B spilled {when}  {job.label}"
         )
 

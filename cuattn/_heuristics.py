@@ -258,7 +258,7 @@ def mla_decode(problem: Problem, device: Device) -> Plan:
         kernel=MLA_KERNEL,
         config=config,
         q_blocks=row_blocks,
-        grid=(min(items, LINE * places) if problem.tokens else 0, 1, 1),
+        grid=(items if problem.tokens else 0, 1, 1),
         threads=config.threads,
         shared_memory=config.shared_memory,
         geometry=DecodeGeometry(MLA_ROWS, MLA_ROWS, 1, rule),

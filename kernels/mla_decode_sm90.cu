@@ -46,7 +46,6 @@ struct MlaParams {
 };
 
 constexpr int32 page_rows = minimum(config.page_size, tile_keys);
-constexpr float lazy = 8.f;  // log2: how far maxima may lag behind before O is rescaled
 // All warp-groups, wherever each is in its code.
 DEVICE void meet() { named_barrier_sync<2, config.threads()>(); }
 
@@ -162,7 +161,7 @@ DEVICE void clear_tail(const Shared& shared, const Item& item, int32 step) {
     shared_store_4(target + row * row_bytes + column % 8 * 16, {0.f, 0.f, 0.f, 0.f});
 }
 
-// S → P, maxima and sums; maxima grow only when they lag far behind.
+// S → P, maxima and sums.
 DEVICE void soften(Scores& state, const Item& item, int32 step) {
   const bool masked =
       item.visibility.keys_of(0).end < item.first_key(step) + tile_keys;  // for the first row
@@ -182,7 +181,7 @@ DEVICE void soften(Scores& state, const Item& item, int32 step) {
     for (int32 c = 0; c < 8; ++c)
       top = fmaxf(top, fmaxf(state.s[c * 4 + half * 2], state.s[c * 4 + half * 2 + 1]));
     top = quad_maximum(top) * state.scale;
-    const bool grows = top > state.maximum[half] + lazy;  // from −∞ always
+    const bool grows = top > state.maximum[half];
     const float maximum = grows ? top : state.maximum[half];
     state.alpha[half] = grows ? exp2_approximate(state.maximum[half] - maximum) : 1.f;
     state.maximum[half] = maximum;

@@ -149,7 +149,6 @@ DTYPE_CASES = [
     MlaCase(out_dtype="float32", lengths=ones(600)),
     MlaCase(dtype="float16", out_dtype="float32", out_scale=100.0),
     MlaCase(out_dtype="float16"),
-    MlaCase(dtype="float16", out_dtype="bfloat16"),
 ]
 MEMORY = [
     MlaCase(memory="packed"),

@@ -362,5 +362,5 @@ def test_the_table_of_cases_holds_every_kind() -> None:
 def test_cases_cost_the_emulator_little() -> None:
     """Few kernels, few tiles."""
     kernels = {(case.dtype, case.out_dtype, case.page_size) for case in MLA}
-    assert len(kernels) <= 10
+    assert len(kernels) <= 8  # ten seconds of g++ each
     assert sum(case.tiles for case in MLA) <= 600
