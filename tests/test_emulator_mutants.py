@@ -38,6 +38,8 @@ SURVIVORS = {
 
 # Kernels whose threads share nothing but what warp instructions pass on.
 WITHOUT = {"append_kv.cu", "merge_states.cu", "validate.cu"}
+# Not run here so far: g++ takes about ten seconds for each of this kernel's mutants.
+LATER = {"mla_decode_sm90.cu", "attention/mla_item.cuh"}
 
 CALL = batched(Case(lengths=((100, 170),), q_heads=2, kv_heads=1))
 # Many blocks do a whole request and then a part of the long one, of which a warp has several tiles.
@@ -141,7 +143,7 @@ def test_decode_calls_have_splits_and_blocks_of_several_items(call: Call) -> Non
 
 
 KERNELS = {n: t for n, t in _sources.read().items() if not n.startswith(("core/", "ptx/"))}
-MUTANTS = list(mutants(KERNELS))
+MUTANTS = [mutant for mutant in mutants(KERNELS) if mutant.file not in LATER]
 HOPPER = list(mutants({"hopper": hopper.SOURCE}))
 REPORT = (
     r"race|never written|in flight|deadlock|without a wgmma.fence|without fence.mbarrier_init"
@@ -196,7 +198,7 @@ def test_survivors_and_kernels_are_there() -> None:
     assert known >= SURVIVORS.keys(), "a survivor's call is gone from the sources"
     kernels = {name for name in _sources.read() if name.endswith(".cu")}
     synchronised = {mutant.file for mutant in MUTANTS if mutant.file.endswith(".cu")}
-    assert synchronised == kernels - WITHOUT, "a kernel without a synchronisation?"
+    assert synchronised == kernels - WITHOUT - LATER, "a kernel without a synchronisation?"
     assert {mutant for mutant, _ in RUNS} == {*MUTANTS, *HOPPER}, "a mutant that no call runs"
 
 
