@@ -131,6 +131,19 @@ def decode_skipping(**rule: float) -> None:
     print(f"decode, {rule}: {stats.skipped} of {stats.visited} tiles, at most {worst:.1e} lost")
 
 
+def mla(page: int) -> None:
+    """Absorbed MLA on Hopper: a request of several splits, one that ends inside a tile, none."""
+    lengths = np.array([1300, 130, 0], np.int32)
+    tables = np.full((3, 1300 // page + 1), 99999, np.int32)
+    order = rng.permutation(200)
+    for row, length in zip(tables, lengths, strict=True):
+        count = -(-int(length) // page)
+        row[:count], order = order[:count], order[count:]
+    arrays = (random(3, 2, 20, 576), random(200, page, 576), tables, lengths)
+    out = cuattn.mla_decode(*map(to_device, arrays), scale=192**-0.5)
+    check(f"mla page {page}", out, reference.mla_decode(*arrays, scale=192**-0.5).out)
+
+
 if __name__ == "__main__":
     cupy.cuda.set_allocator(None)
     for dims in ((128, 128), (64, 64), (40, 72), (192, 128), (256, 256)):
@@ -151,3 +164,6 @@ if __name__ == "__main__":
     decode((900,), skip_softmax=cuattn.SkipSoftmax(threshold=0.0))
     decode_skipping(threshold=0.01)
     decode_skipping(max_dropped_mass=0.01)
+    if cupy.cuda.runtime.getDeviceProperties(0)["major"] == 9:
+        mla(64)
+        mla(16)
