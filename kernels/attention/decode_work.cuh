@@ -91,7 +91,7 @@ struct DecodeSchedule {
   DEVICE int32 first_items() const { return params.q_blocks * params.kv_heads; }
 
   DEVICE int32 row_blocks(const DecodeRequest& request) const {
-    return ceil_div(request.q_len * params.group, block_rows);
+    return request.row_blocks<block_rows>(params);
   }
   DEVICE int32 splits(const DecodeRequest& request) const {
     if (!params.splitting) return 1;
