@@ -6,7 +6,7 @@ record.  Finding it is all that a call in steady state does besides allocating a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from operator import itemgetter
 from typing import Any, NamedTuple
@@ -45,8 +45,6 @@ class Form:
     plan: Callable[[Problem, Device], Plan]
     arrays: tuple[str, ...]  # names, in the order of the views
     decodes: bool = False
-    # What the parameters end with, from the pointer of k and what encodes one tensor map.
-    maps: Callable[[Problem, int, _tensor_map.Encode], bytes] | None = None
 
 
 class Keywords(NamedTuple):
@@ -101,7 +99,6 @@ MLA = Form(
     _heuristics.mla_decode,
     ("q", "kv_cache", *_PAGES[3:]),
     decodes=True,
-    maps=_tensor_map.maps_of,
 )
 
 
@@ -182,7 +179,6 @@ def attend(
         more,
         skip_key,
         (pointers[0] | pointers[1] | pointers[2] | out_at) & 15,
-        form.maps and pointers[1],
         causal,
         causal.__class__,  # 1 == True
         window_left,
@@ -299,11 +295,8 @@ def _emulate(
         if size:
             results[name] = np.full(size, fill, np.uint8)
     inputs = {name: view for name, view in named.items() if view is not None}
-
-    def behind(places: Mapping[str, int]) -> bytes:
-        return form.maps(problem, places["k"], _launch.encode) if form.maps else b""
-
-    _launch.launch([plan.step], _params.POINTERS, rest, inputs, results, settings, behind)
+    maps = _tensor_map.maps_of(problem, plan)
+    _launch.launch([plan.step], _params.POINTERS, rest, inputs, results, settings, maps)
     out = results["out"] if keywords.out is None else keywords.out
     lse = None
     if return_lse:
@@ -355,10 +348,9 @@ def _prepare(asked: _Asked) -> _Prepared:
     """Check a call of a new kind, plan it, and load its kernel on the current device."""
     device = _device.describe(asked.views[0].device)
     problem, plan, rest = _planned(asked, device)
-    if asked.form.maps is not None:
-        rest += asked.form.maps(problem, asked.views[1].pointer, _tensor_map.encode)
+    maps = [(_params.POINTERS.index(m.pointer), m) for m in _tensor_map.maps_of(problem, plan)]
     return _Prepared(
-        _launch.prepare([plan.step], device, _params.POINTER_BYTES, rest),
+        _launch.prepare([plan.step], device, _params.POINTER_BYTES, rest, maps),
         problem.out_shape,
         _DTYPES[problem.out_dtype],
         problem.lse_shape,

@@ -7,15 +7,16 @@ import struct
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
-from . import _compile
+from . import _compile, _tensor_map
 from ._records import Device, Step, View
 
 _MAX_DYNAMIC_SHARED_MEMORY = 8  # CUfunction_attribute
 _PREFERRED_SHARED_MEMORY_CARVEOUT = 9
 _ALL = 100  # percent
+_MAP = _tensor_map.SIZE
 
 _loading = threading.Lock()
 
@@ -37,10 +38,17 @@ def _function(kernel: str, config: str, arch: str, shared_memory: int, ordinal: 
     return function
 
 
-def prepare(steps: Sequence[Step], device: Device, pointers: struct.Struct, rest: bytes) -> Launch:
+def prepare(
+    steps: Sequence[Step],
+    device: Device,
+    pointers: struct.Struct,
+    rest: bytes,
+    maps: Sequence[tuple[int, _tensor_map.Map]] = (),
+) -> Launch:
     """Load kernels on the current device, which is `device`; return what launches them in order.
 
-    All have the same parameters: `pointers`, which change from call to call, before `rest`.
+    All have the same parameters: `pointers`, which change from call to call, before `rest`, before
+    tensor maps, each of the array at one of the pointers.
     """
     steps = [step for step in steps if step.grid]
     if not steps:
@@ -57,6 +65,11 @@ def prepare(steps: Sequence[Step], device: Device, pointers: struct.Struct, rest
     shapes = [(step.grid, 1, 1, step.threads, 1, 1, step.shared_memory) for step in steps]
     (function, shape), *others = zip(functions, shapes, strict=True)
     pack_into = pointers.pack_into
+    first_map = pointers.size + len(rest)
+    encoders = [
+        (slice(first_map + i * _MAP, first_map + (i + 1) * _MAP), index, _encoder(array))
+        for i, (index, array) in enumerate(maps)
+    ]
     slots: list[_Arguments] = []  # one belongs to one call at a time: pop and append are atomic
     take, give_back = slots.pop, slots.append
 
@@ -66,14 +79,21 @@ def prepare(steps: Sequence[Step], device: Device, pointers: struct.Struct, rest
         try:
             arguments = take()
         except IndexError:
-            arguments = _Arguments(pointers.size, rest)
+            arguments = _Arguments(pointers.size, rest + bytes(len(encoders) * _MAP))
         pack_into(arguments.memory, 0, *places)
+        for place, index, encoded in encoders:
+            arguments.memory[place] = encoded(places[index])
         launch_kernel(function.ptr, *shape, stream, arguments.address, 0)
         for later, later_shape in others:
             launch_kernel(later.ptr, *later_shape, stream, arguments.address, 0)
         give_back(arguments)
 
     return launch
+
+
+def _encoder(array: _tensor_map.Map) -> Callable[[int], bytes]:
+    """Return what makes an array's tensor map of its pointer; those of late are remembered."""
+    return lru_cache(maxsize=256)(lambda pointer: _tensor_map.encode(pointer, array))
 
 
 class _Arguments:

@@ -6,11 +6,10 @@ The emulator has its own: `emulator.tensor_map`.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
-from functools import lru_cache
+from typing import NamedTuple
 
 from ._config import CHUNK
-from ._records import Problem
+from ._records import Plan, Problem
 
 SIZE = 128  # bytes
 ALIGNMENT = 64
@@ -19,15 +18,19 @@ _ITEMSIZE = 2
 # CUtensorMapDataType, …Interleave, …Swizzle, …L2promotion, …FloatOOBfill
 _UINT16, _NO_INTERLEAVE, _SWIZZLE_128B, _PROMOTE_128B, _FILL_ZEROS = 1, 0, 3, 2, 0
 
-_Numbers = tuple[int, ...]
-# Pointer, sizes (innermost first), strides in bytes of all axes but the first, box → a map of
-# 2-byte elements whose boxes have rows of 128 bytes, swizzled.
-Encode = Callable[[int, _Numbers, _Numbers, _Numbers], bytes]
+
+class Map(NamedTuple):
+    """An array of 2-byte elements, and the box of it that one copy moves; its rows are swizzled."""
+
+    pointer: str  # a name of `_params.POINTERS`
+    sizes: tuple[int, ...]  # the innermost axis first
+    strides: tuple[int, ...]  # bytes, of all axes but the innermost
+    box: tuple[int, ...]  # its rows have 128 bytes
 
 
-@lru_cache(maxsize=1024)
-def encode(pointer: int, sizes: _Numbers, strides: _Numbers, box: _Numbers) -> bytes:
-    """Let the driver describe an array and the box of it that one copy moves; an `Encode`."""
+def encode(pointer: int, array: Map) -> bytes:
+    """Let the driver describe an array that lies at `pointer`; 0: nothing of it is read."""
+    _, sizes, strides, box = array
     rank = len(sizes)
     room = ctypes.create_string_buffer(SIZE + ALIGNMENT)
     start = -(-ctypes.addressof(room) // ALIGNMENT) * ALIGNMENT
@@ -35,7 +38,7 @@ def encode(pointer: int, sizes: _Numbers, strides: _Numbers, box: _Numbers) -> b
         ctypes.c_void_p(start),
         ctypes.c_int(_UINT16),
         ctypes.c_uint32(rank),
-        ctypes.c_void_p(pointer),
+        ctypes.c_void_p(pointer or ALIGNMENT),
         (ctypes.c_uint64 * rank)(*sizes),
         (ctypes.c_uint64 * (rank - 1))(*strides),
         (ctypes.c_uint32 * rank)(*box),
@@ -53,20 +56,26 @@ def encode(pointer: int, sizes: _Numbers, strides: _Numbers, box: _Numbers) -> b
     return ctypes.string_at(start, SIZE)
 
 
-def maps_of(problem: Problem, pointer: int, encode: Encode) -> bytes:
-    """Return the two maps of an MLA cache that stand behind the parameters: `wide` and `one`.
+def maps_of(problem: Problem, plan: Plan) -> tuple[Map, ...]:
+    """Return what the tensor maps describe that stand behind the parameters of a plan's kernel."""
+    return _OF_KERNEL[plan.kernel](problem) if plan.kernel in _OF_KERNEL else ()
 
-    Axes are the columns of a chunk, the slots of a page, chunks and pages. A box of `wide` has four
-    chunks where 64 keys are of one page.
+
+def _mla_cache(problem: Problem) -> tuple[Map, ...]:
+    """Return `wide` and `one`, of an MLA cache.
+
+    Axes are the columns of a chunk, the slots of a page, chunks and pages.  A box of `wide` has
+    four chunks where 64 keys are of one page.
     """
     pages, _, page_size, row = problem.k.shape
     page_stride, _, slot_stride, _ = problem.k.strides
     if pages == 0:  # no page is inside: whatever lies there is not read
         pages, page_stride, slot_stride = 1, page_size * row, row
-        pointer = ALIGNMENT
     sizes = (CHUNK, page_size, row // CHUNK, pages)
     strides = (slot_stride * _ITEMSIZE, CHUNK * _ITEMSIZE, page_stride * _ITEMSIZE)
     rows = min(page_size, CHUNK)
     chunks = 4 if page_size >= CHUNK else 1
-    wide, one = (encode(pointer, sizes, strides, (CHUNK, rows, n, 1)) for n in (chunks, 1))
-    return wide + one
+    return tuple(Map("k", sizes, strides, (CHUNK, rows, n, 1)) for n in (chunks, 1))
+
+
+_OF_KERNEL = {"mla_decode_sm90": _mla_cache}

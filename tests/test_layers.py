@@ -25,10 +25,11 @@ CUDA_FLOORS = ("core", "ptx", "tile", "attention", ".")  # "." holds the kernels
 PYTHON_FLOORS = (
     ("_records", "_dtypes"),
     ("_sources", "_config", "_device", "_overlap", "_host"),
-    ("_compile", "_params", "_tool_params", "_replay", "_replay_decode", "_check_arrays"),
+    ("_compile", "_params", "_tool_params", "_tensor_map"),
+    ("_replay", "_replay_decode", "_check_arrays"),
     ("reference_decode",),
     ("reference_mla",),
-    ("_ingest", "_check", "_heuristics", "_launch", "reference", "_workspace", "_tensor_map"),
+    ("_ingest", "_check", "_heuristics", "_launch", "reference", "_workspace"),
     ("skip_softmax", "_workloads", "_check_tools", "_check_mla"),
     ("_workloads_paged",),
     ("emulator._build", "emulator._tensor_map"),

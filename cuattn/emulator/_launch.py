@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import struct
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ml_dtypes
@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .._records import Step, View
+from .._tensor_map import Map
 from ._memory import Memory
 from ._run import run
 from ._settings import Settings
@@ -38,7 +39,7 @@ def launch(
     inputs: Mapping[str, View],
     results: Mapping[str, Array],
     settings: Settings,
-    behind: Callable[[Mapping[str, int]], bytes] | None = None,
+    maps: Sequence[Map] = (),
 ) -> None:
     """Run kernels one after the other, all with the same parameters.
 
@@ -55,8 +56,8 @@ def launch(
     results : mapping
         Arrays that the kernel writes to, by the kernel's names; they start as they are.
     settings : Settings
-    behind : callable, optional
-        Makes what stands behind `rest` of the places in memory by the kernel's names.
+    maps : sequence of Map
+        What the tensor maps behind `rest` describe.
     """
     steps = [step for step in steps if step.grid]
     if not steps:
@@ -70,8 +71,8 @@ def launch(
         for name, array in results.items():
             places[name] = memory.add(name, array, writable=True)
         packed = struct.pack(f"={len(pointers)}Q", *(places.get(n, 0) for n in pointers)) + rest
-        if behind is not None:
-            packed += behind(places)
+        for name, sizes, strides, box in maps:
+            packed += tensor_map(places[name], 2, sizes, strides, box, 128)
         for kernel, config, grid, threads, shared_memory in steps:
             counts = run(
                 kernel,
@@ -100,10 +101,3 @@ def array_of(view: View) -> Array:
     span = sum((n - 1) * step for n, step in zip(view.shape, strides, strict=True)) + dtype.itemsize
     raw = memoryview((ctypes.c_ubyte * span).from_address(view.pointer))
     return np.ndarray(view.shape, dtype, raw, 0, strides)
-
-
-def encode(
-    pointer: int, sizes: tuple[int, ...], strides: tuple[int, ...], box: tuple[int, ...]
-) -> bytes:
-    """Describe an array in the emulator's memory; the twin of `cuattn._tensor_map.encode`."""
-    return tensor_map(pointer, 2, sizes, strides, box, 128)
