@@ -119,7 +119,7 @@ class _Asked(NamedTuple):
 
 _NONE = _Optional()
 _NO_PARTIALS = (0, 0, 0)
-_layout = itemgetter(slice(1, 5))  # of a View: shape, strides, dtype, device
+_token = itemgetter(8)  # of a View
 _prepared: dict[Any, _Prepared] = {}
 _PREPARED_LIMIT = 4096  # token counts vary without end in a server: then begin anew
 
@@ -167,7 +167,7 @@ def attend(
         optional = _optional(form, given, stream, q)
         skip_key = _skip_key(skip)
         if optional is not _NONE:
-            more = tuple([view and _layout(view) for view in optional])
+            more = tuple([view and view[8] for view in optional])
             sinks_at, scale_at, out_scale_at, thresholds_at, out_at, lse_at = [
                 view.pointer if view else 0 for view in optional
             ]
@@ -189,7 +189,7 @@ def attend(
         return_lse,
         batch_invariant,
         batch_invariant.__class__,
-        *map(_layout, views),
+        *map(_token, views),
     )
     try:
         prepared = _prepared.get(key)

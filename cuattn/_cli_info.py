@@ -177,7 +177,7 @@ def problem(options: argparse.Namespace) -> Problem:
 def packed(sizes: tuple[int, ...], dtype: str) -> View:
     """A contiguous view of no memory in particular."""
     strides = tuple(math.prod(sizes[axis + 1 :]) for axis in range(len(sizes)))
-    return View(0, sizes, strides, dtype, 0, None, False, None)
+    return View(0, sizes, strides, dtype, 0, None, False, None, 0)
 
 
 def describe(plan: Plan, device: Device) -> list[str]:

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 from . import _dtypes
 from ._host import admit
+from ._layout import in_elements, normalised, token_of
 from ._records import HOST, View
 
 _Road = Callable[[Any, str, "int | None", "View | None", bool], View]
@@ -138,20 +139,21 @@ def _a(x: Any) -> str:
 
 
 def _from_cupy(x: Any, name: str, stream: int | None, like: View | None, writable: bool) -> View:
-    key = (x.shape, x.strides, x.dtype)
-    try:
-        shape, strides, dtype = _memo[key]
-    except KeyError:
-        shape, strides, dtype = _remember(key, _cupy_layout(name, *key))
     data = x.data
-    return _new(View, (data.ptr, shape, strides, dtype, data.device_id, None, False, x))
+    device = data.device_id
+    key = (x.shape, x.strides, x.dtype, device)
+    try:
+        shape, strides, dtype, token = _memo[key]
+    except KeyError:
+        shape, strides, dtype, token = _remember(key, _cupy_layout(name, *key))
+    return _new(View, (data.ptr, shape, strides, dtype, device, None, False, x, token))
 
 
 def _cupy_layout(
-    name: str, shape: _Shape, byte_strides: _Shape, dtype: Any
-) -> tuple[_Shape, _Shape, str]:
-    strides = _in_elements(name, byte_strides, dtype.itemsize)
-    return shape, _normalised(shape, strides), dtype.name
+    name: str, shape: _Shape, byte_strides: _Shape, dtype: Any, device: int
+) -> tuple[_Shape, _Shape, str, int]:
+    strides = normalised(shape, in_elements(name, byte_strides, dtype.itemsize))
+    return shape, strides, dtype.name, token_of(shape, strides, dtype.name, device)
 
 
 # --- 2. the DLPack C exchange API ----------------------------------------------------------------
@@ -242,13 +244,13 @@ def _exchange_road(fill: Any, current_stream: Any) -> _Road:
             strides_window[:ndim] if has_strides else None,
         )
         try:
-            shape, strides, dtype, device, kind = _memo[key]
+            shape, strides, dtype, device, kind, token = _memo[key]
         except KeyError:
             layout = _exchange_layout(x, name, *key)
-            shape, strides, dtype, device, kind = layout
+            shape, strides, dtype, device, kind, token = layout
             if device == HOST:  # not remembered: whether it is admitted may change
                 give_back(slot)
-                return View(pointer + offset, shape, strides, dtype, HOST, None, False, x)
+                return View(pointer + offset, shape, strides, dtype, HOST, None, False, x, token)
             _remember(key, layout)
         if like is not None and like.device == device and type(like.owner) is type(x):
             producer = like.stream
@@ -256,20 +258,22 @@ def _exchange_road(fill: Any, current_stream: Any) -> _Road:
             current_stream(kind, device, handle_address)
             producer = handle.value
         give_back(slot)
-        return _new(View, (pointer + offset, shape, strides, dtype, device, producer, False, x))
+        place = pointer + offset
+        return _new(View, (place, shape, strides, dtype, device, producer, False, x, token))
 
     return from_exchange
 
 
 def _exchange_layout(
     x: Any, name: str, place: bytes, element: bytes, shape: bytes, strides: bytes | None
-) -> tuple[_Shape, _Shape, str, int, int]:
+) -> tuple[_Shape, _Shape, str, int, int, int]:
     kind, device = struct.unpack("=ii", place)
     device = _ordinal(x, name, kind, device)
     count = len(shape) // 8
     dims = struct.unpack(f"={count}q", shape)
     steps = None if strides is None else struct.unpack(f"={count}q", strides)
-    return dims, _normalised(dims, steps), _dtypes.of_dlpack(name, element), device, kind
+    steps, dtype = normalised(dims, steps), _dtypes.of_dlpack(name, element)
+    return dims, steps, dtype, device, kind, token_of(dims, steps, dtype, device)
 
 
 # --- 3. DLPack capsules --------------------------------------------------------------------------
@@ -312,10 +316,10 @@ def _from_capsule(x: Any, name: str, stream: int | None, like: View | None, writ
     shape = layout.unpack(ctypes.string_at(dims, layout.size))
     strides = layout.unpack(ctypes.string_at(steps, layout.size)) if steps else None
     # An unconsumed capsule calls the producer's deleter when it goes: it is the owner.
-    return View(
+    return _viewed(
         pointer + offset,
         shape,
-        _normalised(shape, strides),
+        strides,
         _dtypes.of_dlpack(name, element),
         device,
         None,
@@ -355,12 +359,12 @@ def _from_interface(
     dtype, itemsize = _dtypes.of_interface(name, said["typestr"])
     shape = tuple(said["shape"])
     steps = said.get("strides")
-    strides = None if steps is None else _in_elements(name, tuple(steps), itemsize)
+    strides = None if steps is None else in_elements(name, tuple(steps), itemsize)
     producer = said.get("stream")
-    return View(
+    return _viewed(
         pointer or 0,
         shape,
-        _normalised(shape, strides),
+        strides,
         dtype,
         _pointer_device(pointer, name, x),
         0 if producer == 1 else producer,  # the interface writes the null stream as 1
@@ -389,12 +393,28 @@ def _from_numpy(x: Any, name: str, stream: int | None, like: View | None, writab
     pointer, read_only = x.__array_interface__["data"]
     if writable and read_only:
         raise TypeError(f"{name} is read-only ({_a(x)}); wanted an array that can be written")
-    strides = _in_elements(name, x.strides, x.dtype.itemsize)
+    strides = in_elements(name, x.strides, x.dtype.itemsize)
     dtype = x.dtype.name if x.dtype.isnative else x.dtype.str
-    return View(pointer, x.shape, _normalised(x.shape, strides), dtype, HOST, None, False, x)
+    return _viewed(pointer, x.shape, strides, dtype, HOST, None, False, x)
 
 
 # --- common to all roads -------------------------------------------------------------------------
+
+
+def _viewed(
+    pointer: int,
+    shape: _Shape,
+    strides: _Shape | None,
+    dtype: str,
+    device: int,
+    stream: int | None,
+    guarded: bool,
+    owner: Any,
+) -> View:
+    """Return the view of an array whose layout is not remembered."""
+    strides = normalised(shape, strides)
+    token = token_of(shape, strides, dtype, device)
+    return View(pointer, shape, strides, dtype, device, stream, guarded, owner, token)
 
 
 def _remember(key: Any, value: Any) -> Any:
@@ -402,34 +422,6 @@ def _remember(key: Any, value: Any) -> Any:
         _memo.clear()
     _memo[key] = value
     return value
-
-
-def _normalised(shape: _Shape, strides: _Shape | None) -> _Shape:
-    """Strides with the packed value where no element depends on them.
-
-    Those are axes of length 1, and all axes of a zero-size array; None stands for packed data.
-    """
-    if strides is None or 0 in shape:
-        strides = (0,) * len(shape)
-        free = list(range(len(shape)))
-    elif 1 in shape:
-        free = [axis for axis, size in enumerate(shape) if size == 1]
-    else:
-        return strides
-    fixed = list(strides)
-    for axis in reversed(free):
-        last = axis + 1 == len(shape)
-        fixed[axis] = 1 if last else fixed[axis + 1] * max(shape[axis + 1], 1)
-    return tuple(fixed)
-
-
-def _in_elements(name: str, byte_strides: _Shape, itemsize: int) -> _Shape:
-    if any(step % itemsize for step in byte_strides):
-        raise TypeError(
-            f"{name} has strides of {byte_strides} bytes; wanted multiples of its "
-            f"{itemsize}-byte elements"
-        )
-    return tuple(step // itemsize for step in byte_strides)
 
 
 def _ordinal(x: Any, name: str, kind: int, device: int) -> int:

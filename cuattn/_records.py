@@ -19,7 +19,9 @@ class View(NamedTuple):
 
     `owner` keeps the memory alive; `stream` is the producer's current stream as an integer, None
     when it cannot be asked; `guarded` says that the producer may reuse the memory as soon as the
-    owner is dropped, whatever our stream is still doing.
+    owner is dropped, whatever our stream is still doing.  `token` stands for shape, strides, dtype
+    and device of the array that the view was made of: two arrays with one token are alike in these,
+    and so are the views made of them for the same argument.
     """
 
     pointer: int
@@ -30,6 +32,7 @@ class View(NamedTuple):
     stream: int | None
     guarded: bool
     owner: Any
+    token: int
 
     @property
     def place(self) -> str:

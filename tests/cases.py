@@ -417,7 +417,7 @@ def numpy_skip(**fields: Any) -> SimpleNamespace:
 def view_of(array: Array) -> View:
     """A NumPy array as if it lay on device 0."""
     strides = tuple(step // array.dtype.itemsize for step in array.strides)
-    return View(0, array.shape, strides, str(array.dtype), 0, None, False, None)
+    return View(0, array.shape, strides, str(array.dtype), 0, None, False, None, 0)
 
 
 def views_of(options: dict[str, Any]) -> dict[str, Any]:

@@ -252,11 +252,11 @@ def test_the_grid_is_small_for_few_tokens() -> None:
     def grid(tokens: int, batch: int) -> int:
         shapes = [(99, 8, 64, 128), (99, 8, 64, 128), (tokens, 8, 128), (tokens, 8, 128)]
         views = [
-            View(0, shape, append_strides(shape), "bfloat16", 0, None, False, None)
+            View(0, shape, append_strides(shape), "bfloat16", 0, None, False, None, 0)
             for shape in shapes
         ]
         for shape in ((batch, 5), (batch,), (batch + 1,)):
-            views.append(View(0, shape, append_strides(shape), "int32", 0, None, False, None))
+            views.append(View(0, shape, append_strides(shape), "int32", 0, None, False, None, 0))
         return append._plan(tuple(views), "HND").step.grid
 
     warps = _tool_params.AppendConfig().warps

@@ -23,7 +23,7 @@ CUDA_FLOORS = ("core", "ptx", "tile", "attention", ".")  # "." holds the kernels
 
 # A module imports only from the lines above its own.
 PYTHON_FLOORS = (
-    ("_records", "_dtypes"),
+    ("_records", "_dtypes", "_layout"),
     ("_sources", "_config", "_device", "_overlap", "_host"),
     ("_compile", "_params", "_tool_params", "_tensor_map"),
     ("_replay", "_replay_decode", "_check_arrays"),
@@ -63,6 +63,7 @@ NUMPY_ONLY = (
     "_replay",
     "_replay_decode",
     "_dtypes",
+    "_layout",
     "_host",
     "reference",
     "reference_decode",

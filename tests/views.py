@@ -24,7 +24,7 @@ def array(
     device: int = 0,
 ) -> View:
     strides = packed(shape) if strides is None else strides
-    return View(pointer, shape, strides, dtype, device, None, False, None)
+    return View(pointer, shape, strides, dtype, device, None, False, None, 0)
 
 
 def index(*shape: int, **more: Any) -> View:
