@@ -10,7 +10,7 @@ from time import perf_counter
 
 from cuattn import _device
 
-from . import decode, decode_skip, first_call, host, prefill, report, skip, tools
+from . import decode, decode_skip, first_call, host, mla, prefill, report, skip, tools
 from .report import Options, Row
 
 GROUPS: dict[str, Callable[[Options], list[Row]]] = {
@@ -18,6 +18,7 @@ GROUPS: dict[str, Callable[[Options], list[Row]]] = {
     "skip": skip.run,
     "decode": decode.run,
     "decode_skip": decode_skip.run,
+    "mla": mla.run,
     "tools": tools.run,
     "host": host.run,
     "first_call": first_call.run,

@@ -144,3 +144,64 @@ DECODE_SKIP = (
     DecodeSweep("w0_b64_64k", "w0", paged(64, 65536, 64, 4), DECODE_W0),
 )
 QUICK_DECODE_SKIP = ("w1_b4_32k",)
+
+
+LATENT, ROPE = 512, 64
+COMPUTE_BOUND = 64  # query heads, from which MLA decode waits for the tensor cores
+
+
+@dataclass(frozen=True, slots=True)
+class Mla:
+    """One MLA decode case, pages of 64 tokens; `best` is the fastest kernel known on an H200.
+
+    TFLOP/s from `COMPUTE_BOUND` heads on, else GB/s.
+    """
+
+    name: str
+    batch: int
+    kv_len: int
+    heads: int
+    q_len: int = 1
+    top_k: int = 0  # sparse: so many keys a token
+    best: float | None = None
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of all keys' rows."""
+        return self.batch * self.kv_len * (LATENT + ROPE) * 2
+
+    @property
+    def bytes(self) -> int:
+        """Bytes that a dense call must move: rows, queries and output, each once."""
+        tokens = self.batch * self.q_len
+        rows = tokens * self.top_k * (LATENT + ROPE) * 2 if self.top_k else self.cache_bytes
+        return rows + tokens * self.heads * (2 * LATENT + ROPE) * 2
+
+    @property
+    def flops(self) -> int | None:
+        """Those of every pair of query and key, where they are the limit."""
+        if self.heads < COMPUTE_BOUND:
+            return None
+        pairs = self.batch * self.q_len * self.heads * (self.top_k or self.kv_len)
+        return 2 * pairs * (2 * LATENT + ROPE)
+
+    def __str__(self) -> str:
+        tokens = "" if self.q_len == 1 else f", {self.q_len} tokens"
+        sparse = f", {self.top_k} of them" if self.top_k else ""
+        return f"{self.batch}×{self.kv_len}{sparse} {self.heads} heads{tokens}"
+
+
+MLA = (
+    Mla("mla_h128_b128_q1_4k", 128, 4096, 128, best=639),
+    Mla("mla_h128_b128_q2_4k", 128, 4096, 128, 2, best=685),
+    Mla("mla_h128_b64_q1_16k", 64, 16384, 128, best=665),
+    Mla("mla_h128_b1_q1_64k", 1, 65536, 128),
+    Mla("mla_h16_b128_q1_8k", 128, 8192, 16, best=4205),
+    Mla("mla_h16_b16_q1_32k", 16, 32768, 16, best=3885),
+    Mla("mla_h16_b1_q1_8k", 1, 8192, 16),
+    Mla("mla_h128_b128_sparse_2k", 128, 32768, 128, top_k=2048),
+)
+QUICK_MLA = ("mla_h128_b128_q1_4k", "mla_h16_b1_q1_8k")
+
+# Skipped of i.i.d. scores by votes of 64 rows: nothing, nothing, then about 1 to 97 %.
+MLA_SKIP = {"mla_h128_b128_q2_4k": (0.0, 1e-30, 0.7, 1.0, 1.3, 1.6, 2.0, 3.0, 8.0)}

@@ -14,7 +14,7 @@ from test_demo import fake_cupy
 
 import cuattn
 from benchmarks import __main__ as command
-from benchmarks import ceilings, decode, decode_peers, decode_skip, report, shapes
+from benchmarks import ceilings, decode, decode_peers, decode_skip, mla, report, shapes, timing
 from cuattn import _device, emulator, reference
 from cuattn._workloads_paged import (
     PagedInputs,
@@ -103,8 +103,8 @@ def bench(
     monkeypatch.setitem(sys.modules, "cupy", cupy)
     monkeypatch.setattr(ceilings, "COPY_BYTES", 1 << 10)
     monkeypatch.setattr(ceilings, "_multiply", lambda group, watch: None)
-    monkeypatch.setattr(decode, "GRAPH_CALLS", 2)
-    monkeypatch.setattr(decode, "_capture", lambda runs: lambda: None)
+    monkeypatch.setattr(timing, "GRAPH_CALLS", 2)
+    monkeypatch.setattr(timing, "capture", lambda runs: lambda: None)
     monkeypatch.setattr(decode, "DECODE", (shapes.Decode("a", SIZE, 100.0),))
     sweep = shapes.DecodeSweep("b", "w1", shapes.paged(1, 1024, 4, 1), (0.0, 1e-3, 0.9), (0.05,))
     monkeypatch.setattr(decode_skip, "DECODE_SKIP", (sweep,))
@@ -147,7 +147,7 @@ def test_a_single_request_is_also_timed_in_a_graph(
 ) -> None:
     size = shapes.paged(1, 40, 4, 2, page=16)
     monkeypatch.setattr(decode, "DECODE", (shapes.Decode("a", size),))
-    monkeypatch.setattr(decode, "BEYOND_L2", 3 * size.cache_bytes)
+    monkeypatch.setattr(timing, "BEYOND_L2", 3 * size.cache_bytes)
     _, rows = bench("decode")
     assert [(row["impl"], row["ms"]) for row in rows] == [
         ("cuattn", 1000.0),
@@ -191,8 +191,34 @@ def test_decode_skip_notices_what_the_mass_does_not_explain(
     assert "bit for bit" in text and "beyond what was left out" in text
 
 
+@pytest.mark.emulator
+def test_mla_lines_and_rows(
+    bench: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shape = shapes.Mla("a", 2, 70, 64, best=100.0)
+    monkeypatch.setattr(mla, "MLA", (shape,))
+    monkeypatch.setattr(mla, "MLA_SKIP", {})
+    status, (row,) = bench("mla")
+    assert status == 0
+    assert (row["impl"], row["ms"]) == ("cuattn", 1000.0)
+    assert row["tflops"] == pytest.approx(2 * 2 * 70 * 64 * 1088 * 1e-12)
+    assert row["gbps"] == pytest.approx((2 * 70 * 1152 + 2 * 64 * 1088 * 2) * 1e-9)
+    assert row["rel_error"] < 1e-2
+    assert "2×70 64 heads" in capsys.readouterr().out
+
+
+def test_sparse_positions_are_those_of_the_request() -> None:
+    shape = shapes.Mla("a", 3, 200, 16, q_len=2, top_k=64)
+    inputs = mla._inputs(shape, np)
+    assert inputs.sparse.shape == (3, 2, 64)
+    for request, positions in enumerate(inputs.sparse):
+        assert set((positions // mla.PAGE).flat) <= set(inputs.tables[request].tolist())
+        assert all(len(set(row.tolist())) == 64 for row in positions)
+
+
 def test_named_shapes_have_one_name_each() -> None:
-    names = [case.name for case in (*shapes.DECODE, *shapes.DECODE_SKIP)]
+    names = [case.name for case in (*shapes.DECODE, *shapes.DECODE_SKIP, *shapes.MLA)]
     assert len(set(names)) == len(names)
-    assert set(shapes.QUICK_DECODE) | set(shapes.QUICK_DECODE_SKIP) <= set(names)
+    assert {*shapes.QUICK_DECODE, *shapes.QUICK_DECODE_SKIP, *shapes.QUICK_MLA} <= set(names)
+    assert set(shapes.MLA_SKIP) <= set(names)
     assert len(shapes.ragged_lengths()) == 64
