@@ -143,8 +143,7 @@ def outputs(
                 "wanted each element to have its own"
             )
     if lse is not None:
-        wanted = "[batch, seq, heads]" if len(shape) == 4 else "[tokens, heads]"
-        float_array("lse", lse, q, shape[:-1], wanted)
+        float_array("lse", lse, q, shape[:-1], "that of the output but for its last axis")
 
 
 def cache_names(cache: bool) -> tuple[str, str]:
