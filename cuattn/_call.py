@@ -296,7 +296,7 @@ def _emulate(
             results[name] = np.full(size, fill, np.uint8)
     inputs = {name: view for name, view in named.items() if view is not None}
     maps = _tensor_map.maps_of(problem, plan)
-    _launch.launch([plan.step], _params.POINTERS, rest, inputs, results, settings, maps)
+    _launch.launch(plan.steps, _params.POINTERS, rest, inputs, results, settings, maps)
     out = results["out"] if keywords.out is None else keywords.out
     lse = None
     if return_lse:
@@ -350,7 +350,7 @@ def _prepare(asked: _Asked) -> _Prepared:
     problem, plan, rest = _planned(asked, device)
     maps = [(_params.POINTERS.index(m.pointer), m) for m in _tensor_map.maps_of(problem, plan)]
     return _Prepared(
-        _launch.prepare([plan.step], device, _params.POINTER_BYTES, rest, maps),
+        _launch.prepare(plan.steps, device, _params.POINTER_BYTES, rest, maps),
         problem.out_shape,
         _DTYPES[problem.out_dtype],
         problem.lse_shape,

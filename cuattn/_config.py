@@ -76,12 +76,33 @@ class DecodeConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class MergeSplitsConfig:
+    """Configuration of the kernel that merges splits: rows of decode's blocks, columns of O."""
+
+    output: str = "bfloat16"
+    rows: int = 64
+    columns: int = 512
+
+    @property
+    def threads(self) -> int:
+        """Threads of a block: a warp to 128 columns."""
+        return self.columns // 128 * 32
+
+    def define(self) -> str:
+        """Return the designated initialisers that stand behind ``-DCUATTN_CONFIG=``."""
+        return _initialisers(self)
+
+
+@dataclass(frozen=True, slots=True)
 class MlaConfig:
     """Configuration of MLA decode."""
 
     element: str = "bfloat16"
     output: str = "bfloat16"
     page_size: int = 64
+    skip_softmax: bool = False
+    masses: bool = False
+    mass_rule: bool = False
 
     @property
     def threads(self) -> int:
@@ -90,8 +111,8 @@ class MlaConfig:
 
     @property
     def shared_memory(self) -> int:
-        """Bytes of a block: three tiles of latent columns, Q's and K's last ones, P, barriers."""
-        return 231_424
+        """Bytes of a block: three tiles of latent columns, Q's and K's last ones, P, and rows."""
+        return 231_936
 
     def define(self) -> str:
         """Return the designated initialisers that stand behind ``-DCUATTN_CONFIG=``."""

@@ -8,8 +8,18 @@ from itertools import product
 
 import numpy as np
 
-from ._config import CHUNK, DecodeConfig, FmhaConfig, MlaConfig
-from ._records import DecodeGeometry, Device, Geometry, Plan, Problem, SplitRule
+from ._config import CHUNK, DecodeConfig, FmhaConfig, MergeSplitsConfig, MlaConfig
+from ._records import (
+    DecodeGeometry,
+    Device,
+    Geometry,
+    MlaGeometry,
+    Plan,
+    Problem,
+    SkipMode,
+    SplitRule,
+    Step,
+)
 
 # Head dimensions that kernels are compiled for; others are rounded up and the rest is zeros.
 HEAD_DIMS = (32, 64, 96, 128, 192, 256)
@@ -132,7 +142,7 @@ def decode(problem: Problem, device: Device) -> Plan:
     places = config.blocks * device.multiprocessors
     # Small blocks share a multiprocessor, so the last ones are slow: finer loads end together.
     loads = places if config.blocks == 1 else WAVES * places
-    rule, most, items = _splits(problem, whole, loads)
+    rule, most, items = _splits(problem, whole, loads, SMALLEST_SPLIT)
     return Plan(
         kernel="decode",
         config=config,
@@ -148,13 +158,13 @@ def decode(problem: Problem, device: Device) -> Plan:
     )
 
 
-def _splits(problem: Problem, whole: int, loads: int) -> tuple[SplitRule, int, int]:
+def _splits(problem: Problem, whole: int, loads: int, smallest: int) -> tuple[SplitRule, int, int]:
     """Return the rule, into how many parts it cuts a request at most, and how many items it makes.
 
     `whole` items are there if no request is cut; the load of all is cut into `loads` parts.
     """
     alone = problem.batch_invariant
-    smallest = SMALLEST_INVARIANT_SPLIT if alone else SMALLEST_SPLIT
+    smallest = SMALLEST_INVARIANT_SPLIT if alone else smallest
     rule = SplitRule(float(np.float32(problem.kv_heads / loads)), smallest, alone)
     # No more parts of one load or more than there are loads, and of a request than its keys allow.
     most = min(max(loads // problem.kv_heads, 1), max(_most_keys(problem) // smallest, 1))
@@ -197,17 +207,20 @@ def _decode_config(problem: Problem, device: Device, rows: int, items: int) -> D
         SMALL_WARPS if many else WARPS,
         device.shared_memory,
     )
-    skip = problem.skip
-    mass_rule = skip is not None and skip.source == "dropped_mass"
     return replace(
         config,
         element=problem.q.dtype,
         output=problem.out_dtype,
         soft_cap=problem.soft_cap > 0,
-        skip_softmax=skip is not None,
-        masses=skip is not None and (mass_rule or skip.certificate),
-        mass_rule=mass_rule,
+        **_skipping(problem.skip),
     )
+
+
+def _skipping(skip: SkipMode | None) -> dict[str, bool]:
+    """Return the fields of a decode kernel's configuration that say how it skips."""
+    by_mass = skip is not None and skip.source == "dropped_mass"
+    masses = skip is not None and (by_mass or skip.certificate)
+    return {"skip_softmax": skip is not None, "masses": masses, "mass_rule": by_mass}
 
 
 def decode_tile(
@@ -236,6 +249,12 @@ def decode_tile(
 
 MLA_KERNEL = "mla_decode_sm90"
 MLA_ROWS = 64  # query rows, and keys a tile
+# Two tiles: 1 × 8K then has 64 blocks at work instead of 32.  Reasoned, not yet measured.
+SMALLEST_MLA_SPLIT = 128
+# Bytes of parts that one block reads at most.  It reads about 120 GB/s (12 warps, 8 KB each on
+# their way, 0.8 µs): 70 µs for the 8.6 MB of 66 splits, and for 0.5 MB what another launch takes,
+# 4 µs.  Reasoned from whole calls (1 × 64K × 128 heads: 145 µs on an H200), not yet measured.
+MOST_MERGED = 1 << 19
 
 
 @lru_cache(maxsize=4096)
@@ -251,9 +270,13 @@ def mla_decode(problem: Problem, device: Device) -> Plan:
         row_blocks = problem.batch * -(-problem.q_len * problem.q_heads // MLA_ROWS)
     else:  # each request may end with a block of rows that is not full
         row_blocks = problem.tokens * problem.q_heads // MLA_ROWS + problem.batch
-    config = MlaConfig(problem.q.dtype, problem.out_dtype, problem.page_size)
+    config = MlaConfig(
+        problem.q.dtype, problem.out_dtype, problem.page_size, **_skipping(problem.skip)
+    )
     places = device.multiprocessors  # one block fills the shared memory
-    rule, most, items = _splits(problem, row_blocks, places)
+    rule, most, items = _splits(problem, row_blocks, places, SMALLEST_MLA_SPLIT)
+    out, rows, arrivals = _partials(problem, MLA_ROWS, row_blocks, items) if most > 1 else (0, 0, 0)
+    merge = _mla_merge(problem, row_blocks, places, most)
     return Plan(
         kernel=MLA_KERNEL,
         config=config,
@@ -261,22 +284,42 @@ def mla_decode(problem: Problem, device: Device) -> Plan:
         grid=(items if problem.tokens else 0, 1, 1),
         threads=config.threads,
         shared_memory=config.shared_memory,
-        geometry=DecodeGeometry(MLA_ROWS, MLA_ROWS, 1, rule),
-        reason=f"one block a multiprocessor by shared memory, at most {most} splits",
+        geometry=MlaGeometry(MLA_ROWS, MLA_ROWS, 1, rule),
+        reason=f"one block a multiprocessor by shared memory, at most {most} splits, merged by "
+        f"{'their last block' if merge is None else 'a kernel of its own'}",
         items=items,
-        partials=_partials(problem, MLA_ROWS, row_blocks, items) if most > 1 else (0, 0, 0),
+        partials=(out, rows, 0 if merge else arrivals),
+        merge=merge,
     )
+
+
+def _mla_merge(problem: Problem, row_blocks: int, places: int, most: int) -> Step | None:
+    """Return the kernel that merges splits, if they are many for the last block to arrive.
+
+    So many splits as requests of one length are cut into: `most` counts a single long one, too.
+    """
+    equal = -(-places // max(row_blocks, 1))
+    splits = most if problem.batch_invariant else min(most, equal)
+    rows = min(MLA_ROWS, problem.q_len * problem.q_heads)
+    if splits * rows * problem.head_dim_v * 4 <= MOST_MERGED:
+        return None
+    config = MergeSplitsConfig(problem.out_dtype, MLA_ROWS, problem.head_dim_v)
+    return Step("merge_splits", config, row_blocks * rows, config.threads, 0)
 
 
 # --- what is shipped ------------------------------------------------------------------------------
 
 
-def shipped_configs(arch: str) -> list[tuple[str, FmhaConfig | DecodeConfig | MlaConfig]]:
+Config = FmhaConfig | DecodeConfig | MlaConfig | MergeSplitsConfig
+
+
+def shipped_configs(arch: str) -> list[tuple[str, Config]]:
     """Return the configurations that `python -m cuattn compile` makes for one target.
 
     Compiled at first use: unequal head dimensions other than 192/128, outputs of another dtype than
     the inputs; of decode, more than 16 rows, many short items, a soft cap with skipping, and the
-    certificate of a threshold; of MLA, pages of other than 64 tokens.
+    certificate of a threshold; of MLA, that too, and pages of other than
+    64 tokens.
     """
     shared_memory = SHARED_MEMORY[arch]
     prefill = [
@@ -304,9 +347,15 @@ def shipped_configs(arch: str) -> list[tuple[str, FmhaConfig | DecodeConfig | Ml
             (dense, {"soft_cap": True}, {"skip_softmax": True}, mass_rule),
         )
     ]
-    mla = [MlaConfig(element, element) for element in ELEMENTS if arch == "sm_90a"]
+    mla: list[tuple[str, Config]] = []
+    for element in ELEMENTS if arch == "sm_90a" else ():
+        mla += [
+            (MLA_KERNEL, MlaConfig(element, element, **kind))
+            for kind in (dense, {"skip_softmax": True}, mass_rule)
+        ]
+        mla.append(("merge_splits", MergeSplitsConfig(element)))
     return [
         *(("fmha_sm80", config) for config in prefill),
         *(("decode", config) for config in decode),
-        *((MLA_KERNEL, config) for config in mla),
+        *mla,
     ]

@@ -140,6 +140,23 @@ class DecodeGeometry:
     splits: SplitRule
     order: str = "round-robin to splits and warps, each from the last tile down"
 
+    @property
+    def last_seeds(self) -> int:
+        """How many of the last tiles are seeds; the first tile is one too."""
+        return self.warps - 1
+
+
+@dataclass(frozen=True, slots=True)
+class MlaGeometry(DecodeGeometry):
+    """The same for MLA decode, where the warps of a vote share its tiles."""
+
+    order: str = "round-robin to splits, each from the last tile down, seeds first"
+
+    @property
+    def last_seeds(self) -> int:
+        """The last tile, and the first one."""
+        return 1
+
 
 class Step(NamedTuple):
     """One kernel, compiled how, over which grid."""
@@ -165,8 +182,10 @@ class Plan:
     reason: str
     items: int = 0  # that blocks take one by one, at most; decode only
     partials: tuple[int, int, int] = (0, 0, 0)  # bytes of partial_out, partial_rows, arrivals
+    merge: Step | None = None  # what merges the splits, if not the last block of them to arrive
 
     @property
-    def step(self) -> Step:
-        """Its kernel, to be launched."""
-        return Step(self.kernel, self.config, self.grid[0], self.threads, self.shared_memory)
+    def steps(self) -> tuple[Step, ...]:
+        """Its kernels, to be launched one after the other."""
+        own = Step(self.kernel, self.config, self.grid[0], self.threads, self.shared_memory)
+        return (own,) if self.merge is None else (own, self.merge)

@@ -2,7 +2,8 @@
 
 A row is (token, query head inside its group), token first.  A block of rows deals its tiles, from
 the last one down, round-robin to the warps of all splits.  Every such lane has its own running
-maximum and its own account of mass; the block's first and last tile, the seeds, always stay.
+maximum and its own account of mass; the block's first and last tiles, the seeds, always stay.  All
+judge by the seeds of all, so it is no matter when a lane visits its own.
 
 Masses are kept as logarithms, which no distance between scores can underflow.
 """
@@ -111,7 +112,7 @@ def replay(seen: Scores, splits: int, rule: Rule, geometry: DecodeGeometry) -> V
         if low >= high:
             continue
         span = slice(low // geometry.block_kv, -(-high // geometry.block_kv))
-        tiles = _dealt(largest[:, block, span], log_mass[:, block, span], splits, geometry.warps)
+        tiles = _dealt(largest[:, block, span], log_mass[:, block, span], splits, geometry)
         if rule.max_dropped_mass is None:
             log_threshold = rule.log_threshold.reshape(seen.kv_heads, group)[:, head]
             ballot = _by_threshold(tiles, log_threshold)
@@ -148,9 +149,9 @@ def _tile_sums(scores: Array, block_kv: int) -> tuple[Array, Array]:
         return largest, shift + np.log(np.add.reduceat(np.exp(scores - by_key), starts, axis=2))
 
 
-def _dealt(largest: Array, log_mass: Array, splits: int, warps: int) -> _Tiles:
+def _dealt(largest: Array, log_mass: Array, splits: int, geometry: DecodeGeometry) -> _Tiles:
     """Deal tiles [kv_head, row, tile] to the warps of all splits, from the last one down."""
-    count, lanes = largest.shape[2], splits * warps
+    count, lanes = largest.shape[2], splits * geometry.warps
     visits = -(-count // lanes)
 
     def deal(x: Array, absent: Any) -> Array:
@@ -159,7 +160,7 @@ def _dealt(largest: Array, log_mass: Array, splits: int, warps: int) -> _Tiles:
         return padded.reshape(*x.shape[:-1], visits, lanes)
 
     place = np.arange(count)
-    seed = (place == 0) | (place > count - warps)
+    seed = (place == 0) | (place >= count - geometry.last_seeds)
     return _Tiles(
         largest=deal(largest, -np.inf),
         log_mass=deal(log_mass, -np.inf),

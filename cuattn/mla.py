@@ -17,6 +17,7 @@ def mla_decode(
     cu_seqlens_q: Any = None,
     out_scale: Any = None,
     sinks: Any = None,
+    skip_softmax: Any = None,
     batch_invariant: bool | None = None,
     return_lse: bool = False,
     out: Any = None,
@@ -56,6 +57,11 @@ def mla_decode(
         Multiplies the output.
     sinks : array, float32 ``[heads]``, optional
         A logit per head, after scaling, that enters the denominator only.
+    skip_softmax : SkipSoftmax, optional
+        Leave out tiles of 64 keys whose weights would be negligible: their softmax and their part
+        of the output. All rows of a block of 64 have to agree: heads of a token, then the next one.
+        No bytes are saved, since keys and values are the same; with 16 heads, where memory is the
+        limit, nothing is gained.
     batch_invariant : bool, optional
         Cut a request's keys into splits by its own length alone, so that its result has the same
         bits in every batch. By default the splits also depend on the size of the batch.
@@ -72,9 +78,11 @@ def mla_decode(
 
     Returns
     -------
-    cupy.ndarray, or a tuple of two
-        The output, still in the latent space; if asked for, the log-sum-exp of the scores (natural
-        logarithm, sink included). A row that sees no key gives 0 and −∞.
+    cupy.ndarray, or a tuple of them
+        The output, still in the latent space; if asked for, the log-sum-exp of the kept scores
+        (natural logarithm, sink included); and with ``SkipSoftmax(certificate=True)`` the share of
+        its weight that each row lost, float32 of LSE's shape. A row that sees no key gives 0, −∞
+        and 0.
 
     Raises
     ------
@@ -91,6 +99,7 @@ def mla_decode(
     ----------
     DeepSeek-V2, arXiv 2405.04434. That a tile is loaded once and two groups of warps share the
     columns of its values is FlashMLA's idea (https://github.com/deepseek-ai/FlashMLA).
+    Skip-softmax: BLASST, arXiv 2512.12087, with seeds shared by all splits.
 
     Examples
     --------
@@ -127,7 +136,7 @@ def mla_decode(
         out_scale,
         0.0,
         sinks,
-        None,
+        skip_softmax,
         out,
         lse,
         out_dtype,

@@ -143,8 +143,9 @@ def decode(
 def _check_geometry(geometry: DecodeGeometry | None, skip_softmax: Any) -> None:
     if skip_softmax is not None and geometry is None:
         raise ValueError("skip_softmax is given without geometry, on which its result depends")
-    known = DecodeGeometry.__dataclass_fields__["order"].default
-    if geometry is not None and geometry.order != known:
+    if geometry is None:
+        return
+    if geometry.order != type(geometry).__dataclass_fields__["order"].default:
         raise ValueError(f"geometry has the order {geometry.order!r}, which is not known here")
 
 

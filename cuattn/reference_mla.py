@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cuattn._records import MlaGeometry
 from cuattn._replay import Result
 from cuattn.reference_decode import decode
 
@@ -28,9 +29,11 @@ def mla_decode(
     scale: Any,
     out_scale: Any = None,
     sinks: Array | None = None,
+    skip_softmax: Any = None,
     sparse_indices: Array | None = None,
     latent: int = 512,
     out_dtype: Any = None,
+    geometry: MlaGeometry | None = None,
     arithmetic: str = "float64",
 ) -> Result:
     """Absorbed multi-head latent attention over a paged cache, causal inside each request.
@@ -51,22 +54,24 @@ def mla_decode(
         Prefix sums of the new tokens.
     scale : float
         Multiplies Q·Kᵀ. It has no default: that of a layer is of the head dim before absorption.
-    out_scale, sinks, out_dtype
-        As in `cuattn.decode`, with NumPy arrays.
+    out_scale, sinks, skip_softmax, out_dtype
+        As in `cuattn.mla_decode`, with NumPy arrays.
     sparse_indices : ndarray of int, ``[batch, q_len, top_k]``, optional
         Keys of each token as positions in the cache, page · page_size + slot. Token i of a request
         uses the first min(kv_len - q_len + i + 1, top_k); of these, positions outside the cache are
         ignored, and one that is there twice counts twice. Default: all keys of `block_tables`.
     latent : int
         Columns of a value.
+    geometry : MlaGeometry, optional
+        Of the kernel's plan; needed with `skip_softmax`. Not with `sparse_indices`, so far.
     arithmetic : {"float64", "float32-plain"}
         See `cuattn.reference.attention`.
 
     Returns
     -------
     Result
-        `out` ``[…, heads, latent]`` and `lse` ``[…, heads]``, NaN in rows of no request; all counts
-        are 0.
+        `out` ``[…, heads, latent]`` and `lse` ``[…, heads]``, NaN in rows of no request; votes and
+        counts as in `reference_decode.decode`.
 
     Examples
     --------
@@ -92,7 +97,12 @@ def mla_decode(
     }
     if sparse_indices is None:
         caches = _keys_and_values(rows, latent)
-        return decode(q, caches, block_tables, seq_lens, cu_seqlens_q=cu_seqlens_q, **options)
+        skipping = {"skip_softmax": skip_softmax, "geometry": geometry}
+        return decode(
+            q, caches, block_tables, seq_lens, cu_seqlens_q=cu_seqlens_q, **skipping, **options
+        )
+    if skip_softmax is not None or geometry is not None:
+        raise ValueError("skip_softmax and geometry cannot be replayed with sparse_indices, so far")
     batch, max_pages = block_tables.shape
     kv_lens = np.clip(np.asarray(seq_lens).ravel(), 0, max_pages * rows.shape[1])
     q_len = 1 if q.ndim == 3 else q.shape[1]

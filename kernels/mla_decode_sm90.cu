@@ -2,7 +2,7 @@
 // and rope, V their latent 512 columns; one KV head for all query heads.
 //
 // Work:    an item is 64 rows of one request (query heads × tokens) and one split of its keys
-//          (decode_work.cuh); split s has tiles s, s + splits, …  Tiles are 64 keys.
+//          (decode_work.cuh), whose tiles of 64 keys mla_item.cuh deals.
 // Roles:   three warp-groups.
 //            scores   Q in registers but for its last two chunks.  Q Kᵀ of tile i + 1 runs while P
 //                     of tile i is stored; then softmax of i + 1
@@ -13,15 +13,17 @@
 //          freed by both P V; its rope part has one place, free as soon as Q Kᵀ is done; one P.
 // Waits:   full: a tile is there │ empty: both P V are done with it │ rope_full, rope_free
 //          p_ready: P and what O shrinks by │ p_free: both P V are done with them
+// Skips:   the scores' warps vote on a tile together (mla_rows.cuh).  One that is left out has no
+// P:
+//          both P V are told so in its turn, and only free its stage.
 // Result:  as in decode: O and LSE, or a part that the last split to arrive merges.
 #include <attention/config.cuh>
 #include <attention/decode_item.cuh>
 #include <attention/decode_work.cuh>
 #include <attention/mla_item.cuh>
+#include <attention/mla_rows.cuh>
 #include <attention/online_softmax.cuh>
-#include <attention/partial.cuh>
 #include <attention/row_result.cuh>
-#include <ptx/atomic.cuh>
 #include <ptx/convert.cuh>
 #include <ptx/cp_async.cuh>
 #include <ptx/ldmatrix.cuh>
@@ -94,8 +96,9 @@ struct Scores {
   uint32 q[q_chunks * 4][4];
   float s[tile_keys / 2];
   uint32 p[tile_keys / 16][4];
-  float maximum[2], sum[2], alpha[2];  // maximum: log2 units; sum: of this lane's columns
+  MlaRows<config> rows;
   float scale;
+  int32 common_end;  // of the keys that all rows see
 };
 
 // Q's rows, zeros behind the last: its first chunks by way of stage 0 into registers.
@@ -133,13 +136,13 @@ DEVICE void multiply_q(Scores& state, const Shared& shared, int32 step) {
   wgmma_fence();
 #pragma unroll
   for (int32 i = 0; i < q_chunks * 4; ++i)
-    wgmma_registers<Input, Major::depth>(state.s, state.q[i],
-                                         depth_major(k + i / 4 * chunk_bytes) + i % 4 * 2, i > 0);
+    wgmma_registers<Input, Major::depth>(
+        state.s, state.q[i], depth_major(k) + i / 4 * (chunk_bytes / 16) + i % 4 * 2, i > 0);
 #pragma unroll
   for (int32 i = 0; i < 4; ++i)
-    wgmma_shared<Input, Major::depth, Major::depth>(state.s, depth_major(shared.q) + i * 2,
-                                                    depth_major(k + q_chunks * chunk_bytes) + i * 2,
-                                                    true);
+    wgmma_shared<Input, Major::depth, Major::depth>(
+        state.s, depth_major(shared.q) + i * 2,
+        depth_major(k) + q_chunks * (chunk_bytes / 16) + i * 2, true);
   mbarrier_wait(shared.rope_full, step & 1);
   wgmma_fence();
 #pragma unroll
@@ -152,7 +155,7 @@ DEVICE void multiply_q(Scores& state, const Shared& shared, int32 step) {
 
 // Values past the last key become zeros: whatever is there, a weight of 0 must make nothing of it.
 DEVICE void clear_tail(const Shared& shared, const Item& item, int32 step) {
-  const int32 first = item.work.kv_len - item.first_key(step);
+  const int32 first = kept_work(shared).kv_len - item.first_key(step);
   if (first >= tile_keys) return;
   named_barrier_sync<1, group_threads>();    // no product reads the keys any more
   const int32 column = thread_index() % 64;  // 16 bytes, of all chunks
@@ -161,97 +164,88 @@ DEVICE void clear_tail(const Shared& shared, const Item& item, int32 step) {
     shared_store_4(target + row * row_bytes + column % 8 * 16, {0.f, 0.f, 0.f, 0.f});
 }
 
-// S → P, maxima and sums.
-DEVICE void soften(Scores& state, const Item& item, int32 step) {
-  const bool masked =
-      item.visibility.keys_of(0).end < item.first_key(step) + tile_keys;  // for the first row
-#pragma unroll
-  for (int32 half = 0; half < 2; ++half) {
-    if (masked) {
-      const int32 row = warp_index() * 16 + half * 8 + fragment_row();
-      const int32 end = item.visibility.keys_of(row).end - item.first_key(step);
-#pragma unroll
-      for (int32 c = 0; c < 8; ++c)
-#pragma unroll
-        for (int32 i = 0; i < 2; ++i)
-          if (c * 8 + fragment_column() + i >= end) state.s[c * 4 + half * 2 + i] = -infinity();
-    }
-    float top = -infinity();
-#pragma unroll
-    for (int32 c = 0; c < 8; ++c)
-      top = fmaxf(top, fmaxf(state.s[c * 4 + half * 2], state.s[c * 4 + half * 2 + 1]));
-    top = quad_maximum(top) * state.scale;
-    const bool grows = top > state.maximum[half];
-    const float maximum = grows ? top : state.maximum[half];
-    state.alpha[half] = grows ? exp2_approximate(state.maximum[half] - maximum) : 1.f;
-    state.maximum[half] = maximum;
-    const float shift = maximum == -infinity() ? 0.f : maximum;
-    float sum = 0.f;
-#pragma unroll
-    for (int32 c = 0; c < 8; ++c) {
-      const float first = exp2_approximate(fmaf(state.s[c * 4 + half * 2], state.scale, -shift));
-      const float second =
-          exp2_approximate(fmaf(state.s[c * 4 + half * 2 + 1], state.scale, -shift));
-      sum += first + second;
-      state.p[c / 2][c % 2 * 2 + half] = pack(first, second, Input{});
-    }
-    state.sum[half] = state.sum[half] * state.alpha[half] + sum;
+// S → P, maxima and sums, if the tile is kept.
+DEVICE void soften(Scores& state, const AttentionParams& params, const Shared& shared,
+                   const Item& item, int32 step) {
+  auto& rows = state.rows;
+  const int32 first_key = item.first_key(step);
+  if (first_key + tile_keys > state.common_end) rows.mask(state.s, shared, first_key);
+  float top[1][2];
+  tile_maxima(top, state.s, state.scale);
+  if constexpr (config.skip_softmax && !config.masses) {
+    rows.left_out = rows.leave_out(params, shared, item, step, top, rows.kept);
+    if (rows.left_out) return;
   }
+  RowStatistics<1> tile;
+  larger(tile.maximum, rows.kept.maximum, top);
+  exponentiate<Input>(state.p, tile, state.s, state.scale);
+  if constexpr (config.masses) {
+    rows.left_out = rows.leave_out(params, shared, item, step, top, tile);
+    if (rows.left_out) return;
+  }
+  raise_maxima(rows.kept, rows.alpha, top, 1.f);
+  add_sums(rows.kept, tile);
 }
+
+// What both P V are told of a tile.
+enum class Word { add, shrink, leave_out };  // O += P V │ the same after O *= alpha │ nothing
 
 // P, and what O shrinks by, to both P V.
 DEVICE void publish(const Scores& state, const Shared& shared, int32 step) {
   const int32 lane = lane_index(), warp = warp_index();
+  const float (&alpha)[2] = state.rows.alpha[0];
   mbarrier_wait(shared.p_free, (step & 1) ^ 1);
-  const int32 row = warp * 16 + lane % 16;
+  Word word = Word::leave_out;
+  if (!config.skip_softmax || !state.rows.left_out) {
+    const int32 row = warp * 16 + lane % 16;
 #pragma unroll
-  for (int32 i = 0; i < 4; ++i)
-    stmatrix_x4(SharedTile<block_rows, tile_keys>{shared.p}.at(0, row, 2 * i + lane / 16),
-                state.p[i]);
-  if (lane % 4 == 0) {
-    shared_store(shared.alpha + (warp * 16 + lane / 4) * 4, state.alpha[0]);
-    shared_store(shared.alpha + (warp * 16 + 8 + lane / 4) * 4, state.alpha[1]);
+    for (int32 i = 0; i < 4; ++i)
+      stmatrix_x4(SharedTile<block_rows, tile_keys>{shared.p}.at(0, row, 2 * i + lane / 16),
+                  state.p[i]);
+    if (lane % 4 == 0) {
+      shared_store(shared.alpha + (warp * 16 + lane / 4) * 4, alpha[0]);
+      shared_store(shared.alpha + (warp * 16 + 8 + lane / 4) * 4, alpha[1]);
+    }
+    word = warp_any(alpha[0] != 1.f || alpha[1] != 1.f) ? Word::shrink : Word::add;
+    fence_proxy_async();
   }
-  const bool rescale = warp_any(state.alpha[0] != 1.f || state.alpha[1] != 1.f);
-  if (lane == 0) shared_store(shared.flags + warp * 4, rescale ? 1.f : 0.f);
-  fence_proxy_async();
+  if (lane == 0) shared_store(shared.words + warp * 4, float(word));
   sync_warp();
   if (lane == 0) mbarrier_arrive(shared.p_ready);
 }
 
 // Statistics of this lane's rows: to LSE and the factors of O, or to the split's part.
 DEVICE void conclude(const Scores& state, const AttentionParams& params, const Shared& shared,
-                     const Item& item, const GlobalParts& parts, const Finish& finish) {
+                     const DecodeWork& work, const Finish& finish) {
+  const GlobalParts parts = parts_of(params, work);
 #pragma unroll
   for (int32 half = 0; half < 2; ++half) {
-    const float sum = quad_sum(state.sum[half]);
+    const PartialRow part = state.rows.part(shared, half);
     const int32 row = warp_index() * 16 + half * 8 + fragment_row();
     if (fragment_column() != 0) continue;
-    const DecodeWork& work = item.work;
-    const int32 index = work.first_row + row;
-    const QueryRow place{work.request, work.q_start, index / params.group, index % params.group};
+    const QueryRow place = query_row(params, work, row);
     Finish of_row = finish;
     if (params.sinks && row < work.rows) of_row.sink = params.sinks[place.head] * log2_e;
-    const RowResult result = finish_row(state.maximum[half], sum, of_row);
+    const RowResult result = finish_row(part.maximum, part.sum, of_row);
     shared_store(shared.alpha + row * 4, work.splits == 1 ? result.factor : 1.f);
     if (row >= work.rows) continue;
     if (work.splits > 1) {
-      parts.rows[parts.row(work.split) + row] = {state.maximum[half], sum, -infinity(), 0.f};
-    } else if (params.lse) {
-      params.lse[place.in(params.lse_strides, params)] = result.lse;
+      parts.rows[parts.row(work.split) + row] = part;
+      continue;
+    }
+    const int64 statistic = place.in(params.lse_strides, params);
+    if (params.lse) params.lse[statistic] = result.lse;
+    if (config.masses && params.dropped_mass) {
+      params.dropped_mass[statistic] = dropped_share(part, of_row);
     }
   }
 }
 
 DEVICE void score(const MlaParams& params, const Shared& shared, const Item& item) {
   const AttentionParams& attention = params.attention;
-  Scores state;
+  Scores state{.rows{attention, shared, item.work}};
   state.scale = (attention.scale_array ? *attention.scale_array : attention.scale) * log2_e;
-#pragma unroll
-  for (int32 half = 0; half < 2; ++half) {
-    state.maximum[half] = -infinity();
-    state.sum[half] = 0.f;
-  }
+  state.common_end = item.work.visibility(attention).keys_of(0).end;
   load_q(state, attention, shared, item.work);
   for (int32 step = 0; step < item.count; ++step) {
     multiply_q(state, shared, step);
@@ -259,8 +253,8 @@ DEVICE void score(const MlaParams& params, const Shared& shared, const Item& ite
     wgmma_wait<0>();
     sync_warp();  // this warp reads the rope part no more
     if (lane_index() == 0) mbarrier_arrive(shared.rope_free);
-    clear_tail(shared, item, step);
-    soften(state, item, step);
+    if (step == item.foreign) clear_tail(shared, item, step);
+    soften(state, attention, shared, item, step);
   }
   if (item.count > 0) publish(state, shared, item.count - 1);
   meet();  // every alpha has been read
@@ -269,7 +263,13 @@ DEVICE void score(const MlaParams& params, const Shared& shared, const Item& ite
       .out_scale = attention.out_scale_array ? *attention.out_scale_array : attention.out_scale,
       .has_sink = attention.sinks != nullptr,
       .sink = 0.f};
-  conclude(state, attention, shared, item, parts_of(attention, item.work), finish);
+  const DecodeWork work = kept_work(shared);
+  conclude(state, attention, shared, work, finish);
+  if constexpr (config.skip_softmax) {
+    const int32 own = Item(attention, work, false).own;
+    if (attention.skip_counts)
+      report_block<config.mass_rule, group_threads>(attention, work, own, state.rows.skipped);
+  }
   meet();
 }
 
@@ -284,8 +284,8 @@ DEVICE void write_half(const float (&o)[128], const AttentionParams& params, con
     const int32 row = warp_index() % 4 * 16 + h * 8 + fragment_row();
     if (row >= work.rows) continue;
     const float factor = shared_load(shared.alpha + row * 4);
-    const int32 index = work.first_row + row, column = half * 256 + fragment_column();
-    const QueryRow place{work.request, work.q_start, index / params.group, index % params.group};
+    const int32 column = half * 256 + fragment_column();
+    const QueryRow place = query_row(params, work, row);
     Output* out = static_cast<Output*>(params.out) + place.in(params.out_strides, params) + column;
     float* part = parts.out + (parts.row(work.split) + row) * latent + column;
 #pragma unroll
@@ -298,6 +298,32 @@ DEVICE void write_half(const float (&o)[128], const AttentionParams& params, con
       }
     }
   }
+}
+
+// O *= alpha of its rows.
+DEVICE void shrink(float (&o)[128], const Shared& shared) {
+  const int32 row = warp_index() % 4 * 16 + fragment_row();
+  const float first = shared_load(shared.alpha + row * 4);
+  const float second = shared_load(shared.alpha + (row + 8) * 4);
+#pragma unroll
+  for (int32 i = 0; i < 128; ++i) o[i] *= i % 4 < 2 ? first : second;
+}
+
+// O += P V; `meanwhile` is done while the products run.
+template <typename Meanwhile>
+DEVICE void add_values(float (&o)[128], const Shared& shared, int32 step, int32 half,
+                       const Meanwhile& meanwhile) {
+  const int32 stage = step % stages;
+  mbarrier_wait(shared.full + stage * 8, step / stages & 1);
+  wgmma_fence();
+  const SharedAddress v = shared.kv + stage * stage_bytes + half * 4 * chunk_bytes;
+#pragma unroll
+  for (int32 i = 0; i < 4; ++i)
+    wgmma_shared<Input, Major::depth, Major::width>(o, depth_major(shared.p) + i * 2,
+                                                    width_major<tile_keys>(v) + i * 128, true);
+  wgmma_commit();
+  meanwhile();
+  wgmma_wait<0>();
 }
 
 DEVICE void weigh(const MlaParams& params, const Shared& shared, const Item& item, int32 half) {
@@ -317,31 +343,24 @@ DEVICE void weigh(const MlaParams& params, const Shared& shared, const Item& ite
     }
   }
   sync_warp();
+  const auto refill_rope = [&](int32 step) {
+    if (!loads || step >= item.count) return;
+    mbarrier_wait(shared.rope_free, step - 1 & 1);
+    load_rope(params, shared, item, step);
+  };
   float o[128];
 #pragma unroll
   for (int32 i = 0; i < 128; ++i) o[i] = 0.f;
   for (int32 step = 0; step < item.count; ++step) {
     const int32 stage = step % stages;
     mbarrier_wait(shared.p_ready, step & 1);
-    if (shared_load(shared.flags + warp * 4) != 0.f) {
-      const float first = shared_load(shared.alpha + (warp * 16 + fragment_row()) * 4);
-      const float second = shared_load(shared.alpha + (warp * 16 + 8 + fragment_row()) * 4);
-#pragma unroll
-      for (int32 i = 0; i < 128; ++i) o[i] *= i % 4 < 2 ? first : second;
+    const Word word = Word(int32(shared_load(shared.words + warp * 4)));
+    if (config.skip_softmax && word == Word::leave_out) {
+      refill_rope(step + 2);
+    } else {
+      if (word == Word::shrink) shrink(o, shared);
+      add_values(o, shared, step, half, [&] { refill_rope(step + 2); });
     }
-    mbarrier_wait(shared.full + stage * 8, step / stages & 1);
-    wgmma_fence();
-    const SharedAddress v = shared.kv + stage * stage_bytes + half * 4 * chunk_bytes;
-#pragma unroll
-    for (int32 i = 0; i < 4; ++i)
-      wgmma_shared<Input, Major::depth, Major::width>(o, depth_major(shared.p) + i * 2,
-                                                      width_major<tile_keys>(v) + i * 128, true);
-    wgmma_commit();
-    if (loads && step + 2 < item.count) {
-      mbarrier_wait(shared.rope_free, step + 1 & 1);
-      load_rope(params, shared, item, step + 2);
-    }
-    wgmma_wait<0>();
     sync_warp();
     if (lane == 0) {
       mbarrier_arrive(shared.p_free);
@@ -361,24 +380,17 @@ DEVICE void weigh(const MlaParams& params, const Shared& shared, const Item& ite
 // --- An item.
 
 // The last split of an item's rows to arrive merges all.
-DEVICE void merge_splits(const AttentionParams& params, const Shared& shared,
-                         const DecodeWork& work) {
+DEVICE void merge_all(const AttentionParams& params, const Shared& shared, const DecodeWork& work) {
   meet();  // this split's part is written
-  if (thread_index() == 0) {
-    const uint32 last = work.splits - 1;
-    const bool arrived = atomic_count(params.arrivals + work.place, last) == last;
-    shared_store(shared.last, arrived ? 1.f : 0.f);
-  }
+  if (thread_index() == 0) shared_store(shared.last, arrives_last(params, work) ? 1.f : 0.f);
   meet();
   if (shared_load(shared.last) == 0.f) return;
   const GlobalParts parts = parts_of(params, work);
   for (int32 row = warp_index(); row < work.rows; row += config.threads() / warp_size) {
-    const int32 index = work.first_row + row;
-    const QueryRow place{work.request, work.q_start, index / params.group, index % params.group};
     GlobalParts own = parts;
     own.first += row;
     own.second += row;
-    write_row<Output>(params, place, merge_row<latent>(own, work.splits));
+    write_row<Output>(params, query_row(params, work, row), merge_row<latent>(own, work.splits));
   }
 }
 
@@ -387,9 +399,12 @@ KERNEL void __launch_bounds__(config.threads(), 1)
   const DecodeWork work = Schedule(params.attention).find(block_index());
   if (!work.exists) return;
   const Shared shared;
-  if (thread_index() == 0) shared.begin();
+  if (thread_index() == 0) {
+    shared.begin();
+    keep_work(shared, work);
+  }
   meet();
-  const Item item(params.attention, work);
+  const Item item(params.attention, work, config.skip_softmax);
   const int32 group = warp_index() / 4;
   if (group == 0) {
     registers_increase<184>();
@@ -398,5 +413,6 @@ KERNEL void __launch_bounds__(config.threads(), 1)
     registers_decrease<160>();
     weigh(params, shared, item, group - 1);
   }
-  if (work.splits > 1) merge_splits(params.attention, shared, work);
+  // Without counters of arrivals, a kernel of its own does it.
+  if (work.splits > 1 && params.attention.arrivals) merge_all(params.attention, shared, work);
 }

@@ -22,6 +22,7 @@ import pytest
 from cases import Call, Case, problem_of
 from compare import NAN_BITS, assert_close, assert_same_share, bits
 from decode_cases import problem_of_decode
+from mla_cases import problem_of_mla
 from numpy.typing import NDArray
 
 import cuattn
@@ -189,6 +190,8 @@ class Executor(ABC):
         skip = SkipMode("dropped_mass" if by_mass else "threshold", False)
         if call.function == "decode":
             plan = _heuristics.decode(problem_of_decode(call, skip), self.current())
+        elif call.function == "mla_decode":
+            plan = _heuristics.mla_decode(problem_of_mla(call, skip), self.current())
         else:
             plan = _heuristics.prefill(problem_of(call, skip), self.current())
         return plan.geometry

@@ -11,9 +11,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from cases import Call, laid_out, options_of, pages_of, prefix_sums, tokens_of
+from cases import Call, laid_out, options_of, pages_of, prefix_sums, tokens_of, view_of, views_of
 from decode_cases import DecodeCase
 from numpy.typing import NDArray
+
+from cuattn import _check, _check_mla, _check_tools
+from cuattn._records import Problem, SkipMode
 
 Array = NDArray[Any]
 
@@ -61,6 +64,8 @@ def mla_call(case: MlaCase) -> Call:
         )
         if case.data == "negative":
             q, rows = np.abs(q), -np.abs(rows)
+        if case.data == "structured":
+            _weigh_tiles(rng, q, rows)
         requests.append((q, rows, rows[..., :LATENT]))
     paged = replace(case, layout="NHD", pair=True)
     (cache, _), tables, seq_lens = pages_of(paged, rng, requests)
@@ -78,6 +83,24 @@ def mla_call(case: MlaCase) -> Call:
         q = laid_out(case, [q.swapaxes(0, 1) if case.form == "flat" else q])[0]
         q = q[0] if case.form == "flat" else q
     return Call(case, "mla_decode", (q, cache, tables, seq_lens), options)
+
+
+def _weigh_tiles(rng: np.random.Generator, q: Array, rows: Array) -> None:
+    """Give the first column a part in all scores of a tile, large in the first and the last."""
+    weights = rng.uniform(-2.5, 1.2, -(-len(rows) // TILE)).astype(np.float32)
+    weights[:1] = weights[-1:] = 1.0
+    q[..., 0] = 30.0
+    rows[:, 0, 0] = np.repeat(weights, TILE)[: len(rows)]
+
+
+def problem_of_mla(call: Call, skip: SkipMode | None = None) -> Problem:
+    """The `Problem` that cuattn makes of a call; needs no GPU."""
+    given = views_of(call.options)
+    cu_seqlens_q = given.pop("cu_seqlens_q", None)
+    q, cache, tables, seq_lens = (view_of(x) for x in call.arrays)
+    options = _check.Options(**given, causal=True, skip=skip)
+    cache = _check_tools.mla_cache(cache)
+    return _check_mla.mla_decode(q, cache, tables, seq_lens, cu_seqlens_q, "HND", options)
 
 
 def ones(*kv_lens: int) -> tuple[tuple[int, int], ...]:
@@ -163,3 +186,7 @@ LARGE = [
 ]
 MLA = [*HEADS, *TOKENS, *PAGES, *LENGTHS, *OPTIONS, *DTYPE_CASES, *MEMORY, *LARGE]
 MLA = list(dict.fromkeys(MLA))
+
+# For skip-softmax: tiles differ in weight, and there are some beside the seeds of several splits.
+LONG = MlaCase(lengths=ones(1500, 700), data="structured")
+SHORT = replace(LONG, lengths=ones(700))

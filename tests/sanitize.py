@@ -148,6 +148,20 @@ def mla(page: int) -> None:
     check(f"mla page {page}", out, reference.mla_decode(*arrays, scale=192**-0.5).out)
 
 
+def mla_skipping(**rule: float) -> None:
+    """Every other page is zeros, far below the others; one row of splits is merged apart."""
+    q, cache = random(1, 128, 576), random(64, 64, 576)
+    cache[1::2] = 0
+    tables, lengths = np.arange(64, dtype=np.int32)[None], np.array([4090], np.int32)
+    stats = cuattn.SkipStats()
+    skip = cuattn.SkipSoftmax(**rule, stats=stats, certificate=True)
+    arrays = map(to_device, (8 * q, cache, tables, lengths))
+    _, lost = cuattn.mla_decode(*arrays, scale=192**-0.5, skip_softmax=skip)
+    assert 0 < stats.skipped < stats.visited, (stats.skipped, stats.visited)
+    assert float(lost.max()) <= rule.get("max_dropped_mass", 0.1), float(lost.max())
+    print(f"mla, {rule}: {stats.skipped} of {stats.visited} tiles")
+
+
 if __name__ == "__main__":
     cupy.cuda.set_allocator(None)
     for dims in ((128, 128), (64, 64), (40, 72), (192, 128), (256, 256)):
@@ -171,3 +185,5 @@ if __name__ == "__main__":
     if "mla" in sys.argv[1:]:  # on Hopper
         mla(64)
         mla(16)
+        mla_skipping(threshold=0.01)
+        mla_skipping(max_dropped_mass=0.01)

@@ -10,10 +10,12 @@ from typing import Any
 
 import pytest
 from compare import assert_same_bits
-from mla_cases import MLA, RAGGED, MlaCase, mla_call, ones
-from test_emulator_decode import ONE, On, Race, by_order
+from mla_cases import MLA, RAGGED, SHORT, MlaCase, mla_call, ones
+from skip_checks import check_against_replay
+from test_emulator_decode import CLOSE, ONE, On, Race, by_order
 from test_emulator_prefill import ORDERS
 
+import cuattn
 from cuattn import _device, emulator
 from cuattn._records import Device
 
@@ -45,6 +47,12 @@ RACES: dict[str, Race] = {
     "many-items": dense(ONE, lengths=ones(30, 130, 0, 65, 200)),
     "many-items-ragged": dense(ONE, lengths=RAGGED, form="ragged"),
     "many-splits": dense(ONE, lengths=ones(700, 30), q_heads=65),
+    "merged-apart": dense(lengths=ones(1000), q_heads=65),
+}
+# Votes, records of rows, and stages that nobody multiplies.
+SKIPS: dict[str, Race] = {
+    "threshold": Race(mla_call(SHORT), {"threshold": 0.3}, ONE),
+    "mass": Race(mla_call(SHORT), {"max_dropped_mass": 0.1, "certificate": True}),
 }
 
 
@@ -54,6 +62,15 @@ def test_no_race(name: str, options: dict[str, Any]) -> None:
     race = RACES[name]
     with emulator.enabled(race=True, device=race.device, **options) as launches:
         On(race.device).check(race.call)
+    assert [launch.bank_conflicts for launch in launches] == [0] * (1 + (name == "merged-apart"))
+
+
+@pytest.mark.parametrize("options", ORDERS, ids=by_order)
+@pytest.mark.parametrize("name", SKIPS)
+def test_no_race_with_skipping(name: str, options: dict[str, Any]) -> None:
+    race = SKIPS[name]
+    with emulator.enabled(race=True, device=race.device, **options) as launches:
+        check_against_replay(On(race.device), race.call, margin=CLOSE, **race.skip)
     assert [launch.bank_conflicts for launch in launches] == [0]
 
 
@@ -79,6 +96,7 @@ def test_races_need_no_kernels_of_their_own() -> None:
 
 def run_races() -> None:
     """Every one of them once, without looking at the results."""
-    for race in RACES.values():
+    for race in (*RACES.values(), *SKIPS.values()):
+        skip = cuattn.SkipSoftmax(**race.skip, stats=cuattn.SkipStats()) if race.skip else None
         with emulator.enabled(device=race.device):
-            On(race.device).run(race.call)
+            On(race.device).run(race.call, skip_softmax=skip)

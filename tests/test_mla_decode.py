@@ -12,11 +12,11 @@ import pytest
 from cases import DTYPES
 from compare import NAN_BITS, assert_same_bits, bits
 from decode_cases import alone
-from mla_cases import LENGTHS, MLA, UNEVEN, USUAL, MlaCase, mla_call, ones
+from mla_cases import LENGTHS, MLA, UNEVEN, USUAL, MlaCase, mla_call, ones, problem_of_mla
 from test_decode import assert_same, with_arrays
 
 import cuattn
-from cuattn import _device, emulator
+from cuattn import _call, _device, _heuristics, emulator
 
 TOKENS = MlaCase(lengths=((4, 100), (4, 203)), form="tokens")
 LONG = MlaCase(lengths=ones(1, 900, 0, 333))
@@ -117,6 +117,39 @@ def test_batch_invariant_results_do_not_know_their_batch(hopper: Any, case: MlaC
         single = hopper.run(alone(call, request), batch_invariant=True)
         assert_same_bits(single.out[0], together.out[request], f"{case}, request {request}")
         assert_same_bits(single.lse[0], together.lse[request], f"{case}, request {request}")
+
+
+@pytest.mark.parametrize(
+    ("case", "skip"),
+    [
+        (LONG, {}),
+        (replace(LONG, sinks=True, data="structured"), {"threshold": 0.5, "certificate": True}),
+        (MlaCase(lengths=((2, 300), (0, 33), (5, 700), (0, 0)), form="ragged", q_heads=20), {}),
+    ],
+    ids=str,
+)
+def test_who_merges_splits_is_not_seen(
+    hopper: Any, monkeypatch: pytest.MonkeyPatch, case: MlaCase, skip: dict[str, Any]
+) -> None:
+    """The last block of a row, or a kernel of its own: the same bits."""
+    call = mla_call(case)
+    results = []
+    for most, kernels in ((1 << 40, 1), (0, 2)):
+        monkeypatch.setattr(_heuristics, "MOST_MERGED", most)
+        _heuristics.mla_decode.cache_clear()
+        _call._prepared.clear()
+        plan = _heuristics.mla_decode(problem_of_mla(call), hopper.current())
+        assert len(plan.steps) == kernels and bool(plan.partials[2]) == (kernels == 1)
+        asked = {"skip_softmax": cuattn.SkipSoftmax(**skip)} if skip else {}
+        results.append(hopper.run(call, **asked))
+    _heuristics.mla_decode.cache_clear()
+    _call._prepared.clear()
+    by_block, by_kernel = results
+    for one, other in ((by_block.out, by_kernel.out), (by_block.lse, by_kernel.lse)):
+        assert_same_bits(other, one, case)
+    if skip:
+        assert_same_bits(by_kernel.dropped_mass, by_block.dropped_mass, case)
+        assert by_block.dropped_mass.any()
 
 
 @pytest.mark.parametrize("form", ["flat", "tokens", "no tokens", "ragged"])
@@ -315,7 +348,7 @@ def test_refusals(change: dict[str, Any], name: str, words: str) -> None:
 
 
 @pytest.mark.emulator
-@pytest.mark.parametrize("name", ["layout", "window_left", "soft_cap", "skip_softmax"])
+@pytest.mark.parametrize("name", ["layout", "window_left", "soft_cap"])
 def test_what_decode_has_and_this_has_not(name: str) -> None:
     said = refused({name: 1})
     assert f"unexpected keyword argument '{name}'" in said

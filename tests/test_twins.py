@@ -27,7 +27,7 @@ from cases import (
 from decode_cases import DECODE, SKIP_DECODE, DecodeCase, decode_call, problem_of_decode
 
 from cuattn import _compile, _heuristics, _params, _sources, _tensor_map, emulator
-from cuattn._config import DecodeConfig, FmhaConfig, MlaConfig
+from cuattn._config import DecodeConfig, FmhaConfig, MergeSplitsConfig, MlaConfig
 from cuattn._records import (
     DecodeGeometry,
     Device,
@@ -165,20 +165,20 @@ def test_every_number_is_packed_in_its_place() -> None:
     }
 
 
-def field_checks(name: str, config: FmhaConfig | DecodeConfig | MlaConfig) -> list[str]:
+def field_checks(name: str, config: Any) -> list[str]:
     """`static_assert` conditions that each field has the value of the Python record."""
     literals = dict(part.split("=") for part in config.define().split(", "))
     return [f"{name}{field} == {value}" for field, value in literals.items()]
 
 
-@pytest.mark.parametrize("record", [FmhaConfig, DecodeConfig, MlaConfig])
+@pytest.mark.parametrize("record", [FmhaConfig, DecodeConfig, MlaConfig, MergeSplitsConfig])
 def test_configurations_have_the_same_fields_and_defaults(record: Any) -> None:
     checks = field_checks(f"{record.__name__}{{}}", record())
     assert len(checks) == len(fields(record))
     compile_asserts(checks, head="#include <attention/config.cuh>")
 
 
-@pytest.mark.parametrize("record", [FmhaConfig, DecodeConfig, MlaConfig])
+@pytest.mark.parametrize("record", [FmhaConfig, DecodeConfig, MlaConfig, MergeSplitsConfig])
 def test_a_configuration_arrives_field_by_field(record: Any) -> None:
     other = {"bfloat16": "float32", False: True, True: False}
     usual = {field.name: field.default for field in fields(record)}

@@ -38,11 +38,23 @@ struct DecodeConfig {
   DEVICE constexpr int32 threads() const { return warps * 32; }
 };
 
+// Merging of splits, after decode: the rows of its blocks, and columns of O.
+struct MergeSplitsConfig {
+  Dtype output = Dtype::bfloat16;
+  int32 rows = 64;
+  int32 columns = 512;
+
+  DEVICE constexpr int32 threads() const { return columns / 128 * 32; }
+};
+
 // MLA decode.  One block: 64 query rows of one request, tiles of 64 keys.
 struct MlaConfig {
   Dtype element = Dtype::bfloat16;
   Dtype output = Dtype::bfloat16;
   int32 page_size = 64;
+  bool skip_softmax = false;
+  bool masses = false;  // as of decode
+  bool mass_rule = false;
 
   DEVICE constexpr int32 threads() const { return 384; }
 };

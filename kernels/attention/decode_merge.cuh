@@ -5,8 +5,8 @@
 #include <attention/decode_work.cuh>
 #include <attention/partial.cuh>
 #include <attention/row_result.cuh>
-#include <attention/skip_softmax.cuh>
-#include <ptx/atomic.cuh>
+#include <attention/seeded_skip.cuh>
+#include <attention/split_parts.cuh>
 #include <ptx/shared.cuh>
 #include <ptx/sync.cuh>
 
@@ -71,12 +71,7 @@ DEVICE void report(const AttentionParams& params, const DecodeShared<config>& sh
   float skipped = 0.f;
   for (int32 warp = 0; warp < config.warps; ++warp)
     skipped += shared_load(shared.counts + warp * 4);
-  for (int32 i = thread_index(); i < minimum(work.rows, params.group); i += config.threads()) {
-    const int32 head = work.kv_head * params.group + (work.first_row + i) % params.group;
-    const bool ineligible =
-        !config.mass_rule && skip_lambda(params, work.request, head, work.kv_len) < 0.f;
-    add_skips(params, work.request, head, visited, uint32(skipped), ineligible);
-  }
+  report_block<config.mass_rule, config.threads()>(params, work, visited, uint32(skipped));
 }
 
 // Whether this block is the last of its rows' splits to arrive.
@@ -85,9 +80,7 @@ DEVICE bool arrives_last(const AttentionParams& params, const DecodeShared<confi
                          const DecodeWork& work) {
   sync_block();  // all warps have written their rows
   if (thread_index() == 0) {
-    const uint32 last = work.splits - 1;
-    const bool arrived = atomic_count(params.arrivals + work.place, last) == last;
-    shared_store(shared.counts + config.warps * 4, arrived ? 1.f : 0.f);
+    shared_store(shared.counts + config.warps * 4, arrives_last(params, work) ? 1.f : 0.f);
   }
   sync_block();
   return shared_load(shared.counts + config.warps * 4) != 0.f;
@@ -98,28 +91,18 @@ template <DecodeConfig config>
 DEVICE void finish(const AttentionParams& params, const DecodeShared<config>& shared,
                    const DecodeSchedule<config.rows>& schedule, const DecodeWork& work) {
   using Output = Element<config.output>;
-  const auto query_row = [&](int32 row) {
-    const int32 index = work.first_row + row;
-    return QueryRow{work.request, work.q_start, index / params.group,
-                    work.kv_head * params.group + index % params.group};
-  };
   for (int32 row = warp_index(); work.splits == 1 && row < work.rows; row += config.warps) {
-    write_row<Output>(params, query_row(row),
+    write_row<Output>(params, query_row(params, work, row),
                       merge_row<config.head_dim_v>(WarpParts<config>{shared, row}, config.warps));
   }
   if (work.splits == 1) return;
 
-  // Items of the other splits: after the first ones, and after those of the requests before.
-  const int32 step = schedule.row_blocks(DecodeRequest(params, work.request)) * params.kv_heads;
-  const int32 second = schedule.first_items() + schedule.more_items_before(work.request) +
-                       work.kv_head * (step / params.kv_heads) + work.first_row / config.rows;
+  const GlobalParts first_row = parts_of(schedule, work, 0, params.head_dim_v);
   const auto parts = [&](int32 row) {
-    return GlobalParts{.out = params.partial_out,
-                       .rows = static_cast<PartialRow*>(params.partial_rows),
-                       .columns = params.head_dim_v,
-                       .first = int64(work.place) * config.rows + row,
-                       .second = int64(second) * config.rows + row,
-                       .stride = int64(step) * config.rows};
+    GlobalParts own = first_row;
+    own.first += row;
+    own.second += row;
+    return own;
   };
   for (int32 row = warp_index(); row < work.rows; row += config.warps) {
     const auto merged = merge_row<config.head_dim_v>(WarpParts<config>{shared, row}, config.warps);
@@ -127,7 +110,7 @@ DEVICE void finish(const AttentionParams& params, const DecodeShared<config>& sh
   }
   if (!arrives_last(params, shared, work)) return;
   for (int32 row = warp_index(); row < work.rows; row += config.warps) {
-    write_row<Output>(params, query_row(row),
+    write_row<Output>(params, query_row(params, work, row),
                       merge_row<config.head_dim_v>(parts(row), work.splits));
   }
 }

@@ -45,7 +45,7 @@ struct WarpRow {
 };
 
 // Merge `count` parts of a row; `parts` gives statistics(i) and load(values, i, column).
-template <int32 columns, typename Parts>
+template <int32 columns, int32 parts_at_once = 4, typename Parts>
 DEVICE WarpRow<columns> merge_row(const Parts& parts, int32 count) {
   constexpr int32 chunks = WarpRow<columns>::chunks;
   const int32 lane = lane_index();
@@ -65,7 +65,7 @@ DEVICE WarpRow<columns> merge_row(const Parts& parts, int32 count) {
     merged.row.sum += row.sum * mine;
     merged.row.dropped += row.dropped * weight_of(row.reference, top.reference);
     const int32 here = minimum(count - first, warp_size);
-#pragma unroll 4
+#pragma unroll parts_at_once
     for (int32 i = 0; i < here; ++i) {
       const float weight = shuffle(mine, i);
 #pragma unroll

@@ -28,9 +28,10 @@ DEVICE float dropped_share(const PartialRow& row, const Finish& finish) {
   return dropped * reciprocal_approximate(total);
 }
 
+// Write a row, or its columns from `first_column` on.
 template <typename Output, int32 columns>
 DEVICE void write_row(const AttentionParams& params, const QueryRow& place,
-                      const WarpRow<columns>& merged) {
+                      const WarpRow<columns>& merged, int32 first_column = 0) {
   const Finish finish{
       .scale = 1.f,
       .out_scale = params.out_scale_array ? *params.out_scale_array : params.out_scale,
@@ -40,13 +41,13 @@ DEVICE void write_row(const AttentionParams& params, const QueryRow& place,
   Output* out = static_cast<Output*>(params.out) + place.in(params.out_strides, params);
 #pragma unroll
   for (int32 chunk = 0; chunk < merged.chunks; ++chunk) {
-    const int32 column = chunk * 128 + lane_index() * 4;
+    const int32 column = first_column + chunk * 128 + lane_index() * 4;
     float values[4];
 #pragma unroll
     for (int32 c = 0; c < 4; ++c) values[c] = merged.values[chunk][c] * result.factor;
     if (column < params.head_dim_v) store_four(out + column, values);
   }
-  if (lane_index() != 0) return;
+  if (lane_index() != 0 || first_column != 0) return;
   const int64 statistic = place.in(params.lse_strides, params);
   if (params.lse) params.lse[statistic] = result.lse;
   if (params.dropped_mass) params.dropped_mass[statistic] = dropped_share(merged.row, finish);
