@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache, partial
 from operator import itemgetter
 from typing import Any, NamedTuple
 
@@ -45,6 +46,7 @@ class Form:
     plan: Callable[[Problem, Device], Plan]
     arrays: tuple[str, ...]  # names, in the order of the views
     decodes: bool = False
+    tables: str = "block_tables"  # the array that says where keys lie, if the form has it
 
 
 class Keywords(NamedTuple):
@@ -94,12 +96,19 @@ RAGGED = Form(
 )
 PAGED = Form(_check.paged, _heuristics.prefill, _PAGES)
 DECODE = Form(_check.decode, _heuristics.decode, _PAGES, decodes=True)
-MLA = Form(
-    _check_mla.mla_decode,
-    _heuristics.mla_decode,
-    ("q", "kv_cache", *_PAGES[3:]),
-    decodes=True,
-)
+
+
+@cache
+def mla(latent: int | None, sparse: bool) -> Form:
+    """Return the form of MLA decode with such a `latent_dim`, with `sparse_indices` or without."""
+    tables = "sparse_indices" if sparse else "block_tables"
+    return Form(
+        partial(_check_mla.mla_decode_sparse if sparse else _check_mla.mla_decode, latent),
+        _heuristics.mla_decode,
+        ("q", "kv_cache", tables, *_PAGES[4:]),
+        decodes=True,
+        tables=tables,
+    )
 
 
 _SkipKey = tuple[str, bool, float, bool, bool]  # source, unsafe, number, counted, certificate
@@ -381,7 +390,7 @@ def _planned(asked: _Asked, device: Device) -> tuple[Problem, Plan, bytes]:
         batch_invariant=keywords.batch_invariant,
     )
     missing = (None,) * (len(form.arrays) - len(views))
-    of_cache = (layout,) if "block_tables" in form.arrays else ()
+    of_cache = (layout,) if form.tables in form.arrays else ()
     problem = form.check(*views, *missing, *of_cache, options)
     plan = form.plan(problem, device)
     out, lse = optional.out, optional.lse
@@ -392,7 +401,7 @@ def _planned(asked: _Asked, device: Device) -> tuple[Problem, Plan, bytes]:
         plan,
         out=_packed(problem.out_shape) if out is None else out.strides,
         lse=_packed(problem.lse_shape) if lse is None else lse.strides,
-        tables=0 if layout is None else views[form.arrays.index("block_tables")].strides[0],
+        tables=0 if layout is None else views[form.arrays.index(form.tables)].strides[-2],
         scale=float(scale) if optional.scale is None else 0.0,
         out_scale=float(out_scale) if optional.out_scale is None else 0.0,
         threshold=skip_key[2] if skip_key else 0.0,

@@ -92,7 +92,7 @@ def paged(
     k, v = page_views(k_cache, v_cache, layout)
     _check_arrays.inputs(q, k, v, rank=3, wanted="[tokens, heads, head_dim]", cache=True)
     page_size = _page_size(k, v, layout)
-    batch, max_pages = _tables(block_tables, seq_lens, q)
+    batch, max_pages = tables(block_tables, seq_lens, q)
     _one_more("cu_seqlens_q", cu_seqlens_q, q, batch)
     _heads_and_dims(q, k, v, "paged")
     sizes = Sizes(batch, q.shape[0], max_pages * page_size, page_size)
@@ -140,20 +140,34 @@ def decode_problem(
     options: Options,
 ) -> Problem:
     """Check what goes with q and caches [pages, heads, page_size, dim] that fit each other."""
-    page_size = k.shape[2]
-    batch, max_pages = _tables(block_tables, seq_lens, q)
+    batch, max_pages = tables(block_tables, seq_lens, q)
     if cu_seqlens_q is not None:
         _one_more("cu_seqlens_q", cu_seqlens_q, q, batch)
-        q_len = tokens = q.shape[0]
     elif q.shape[0] != batch:
         raise ValueError(f"q has batch {q.shape[0]}; wanted {batch}, as block_tables has rows")
+    return decode_sizes(q, k, v, batch, max_pages * k.shape[2], cu_seqlens_q, options)
+
+
+def decode_sizes(
+    q: View,
+    k: View,
+    v: View,
+    batch: int,
+    kv_len: int,
+    cu_seqlens_q: View | None,
+    options: Options,
+) -> Problem:
+    """Check what is left when batch and the most keys of a request are known."""
+    page_size = k.shape[2]
+    if cu_seqlens_q is not None:
+        q_len = tokens = q.shape[0]
     else:
         q_len = 1 if len(q.shape) == 3 else q.shape[1]
         tokens = batch * q_len
     if options.batch_invariant is not None:
         flag("batch_invariant", options.batch_invariant)
     form = "decode" if cu_seqlens_q is None else "decode_ragged"
-    sizes = Sizes(batch, q_len, max_pages * page_size, page_size)
+    sizes = Sizes(batch, q_len, kv_len, page_size)
     return replace(
         problem(form, q, k, v, options, sizes),
         tokens=tokens,
@@ -246,7 +260,7 @@ def _page_size(k: View, v: View, layout: str) -> int:
     return page_size
 
 
-def _tables(block_tables: View, seq_lens: View, q: View) -> tuple[int, int]:
+def tables(block_tables: View, seq_lens: View, q: View) -> tuple[int, int]:
     """Check tables and lengths and return (batch, max_pages)."""
     _check_arrays.index_array("block_tables", block_tables, q, rank=2, wanted="[batch, max_pages]")
     _check_arrays.strides("block_tables", block_tables, aligned=False)

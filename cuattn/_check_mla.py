@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 from . import _check, _check_arrays
 from ._check import Options
 from ._records import Problem, View
 
-LATENT, ROPE = 512, 64  # columns of the cache's rows
-ROW = LATENT + ROPE
-PAGE_SIZES = (16, 32, 64, 128)
+PAIRS = ((512, 64), (256, 64), (512, 0))  # (latent, rope): columns of the cache's rows
+LATENTS = (None, 512, 256)
 MOST_HEADS = 128
-_LAYOUT = f"latent {LATENT}, rope {ROPE}"
+MOST_CHOSEN = 4096  # keys of a token with sparse_indices
+CHOSEN_STEP = 64
+_ROWS = ", ".join(f"{latent + rope} (latent {latent}, rope {rope})" for latent, rope in PAIRS)
+
+
+def latent_dim(value: Any) -> int | None:
+    """Return a latent_dim that some cache may have."""
+    if value not in LATENTS or isinstance(value, bool):
+        raise ValueError(f"latent_dim is {value!r}; wanted 512, 256 or None (by kv_cache's rows)")
+    return None if value is None else int(value)
 
 
 def mla_decode(
+    latent: int | None,
     q: View,
     kv_cache: View,
     block_tables: View,
@@ -22,26 +34,58 @@ def mla_decode(
     layout: str,
     options: Options,
 ) -> Problem:
-    """Check q of few tokens a request against a cache [pages, 1, page_size, 576] and a table.
+    """Check q of few tokens a request against a cache [pages, 1, page_size, row] and a table.
 
     Its rows are the keys, their latent columns the values; `layout` is of no use here.
     """
-    rank, wanted = _check.decode_rank(q, cu_seqlens_q is not None)
+    values = _values(latent, q, kv_cache, cu_seqlens_q is not None, options)
+    return _check.decode_problem(q, kv_cache, values, block_tables, seq_lens, cu_seqlens_q, options)
+
+
+def mla_decode_sparse(
+    latent: int | None,
+    q: View,
+    kv_cache: View,
+    sparse_indices: View,
+    seq_lens: View,
+    cu_seqlens_q: View | None,
+    layout: str,
+    options: Options,
+) -> Problem:
+    """Check the same with positions in the cache, [batch, q_len, top_k] or as q, for a table."""
+    values = _values(latent, q, kv_cache, cu_seqlens_q is not None, options)
+    if cu_seqlens_q is None:
+        batch = q.shape[0]
+    else:
+        batch = _check_arrays.prefix_sums("cu_seqlens_q", cu_seqlens_q, q)
+    _check_arrays.lengths(seq_lens, q, batch)
+    top_k = _positions(sparse_indices, q)
+    problem = _check.decode_sizes(q, kv_cache, values, batch, top_k, cu_seqlens_q, options)
+    return replace(problem, sparse=True)
+
+
+def unread_tables(block_tables: View, seq_lens: View, q: View) -> None:
+    """Check tables that a call with sparse_indices was given as well."""
+    _check.tables(block_tables, seq_lens, q)
+
+
+def _values(latent: int | None, q: View, kv_cache: View, ragged: bool, options: Options) -> View:
+    """Check q against the cache and return the latent part of it."""
+    rank, wanted = _check.decode_rank(q, ragged)
     if len(q.shape) != rank:
         raise ValueError(f"q has shape {q.shape}; wanted {rank} axes {wanted}")
     for name, view in (("q", q), ("kv_cache", kv_cache)):
         _check_arrays.input_array(name, view, q)
-    pages, _, page_size, row = kv_cache.shape
-    if row != ROW:
-        raise ValueError(f"kv_cache has rows of {row}; wanted {ROW} ({_LAYOUT})")
-    if page_size not in PAGE_SIZES:
-        *most, last = PAGE_SIZES
-        raise ValueError(
-            f"kv_cache has page size {page_size}; wanted {', '.join(map(str, most))} or {last}"
-        )
+    page_size, row = kv_cache.shape[2:]
+    given = "" if latent is None else f" and latent_dim is {latent}"
+    latent = latent or next((pair[0] for pair in PAIRS if sum(pair) == row), 0)
+    if (latent, row - latent) not in PAIRS:
+        raise ValueError(f"kv_cache has rows of {row}{given}; wanted {_ROWS}")
+    if page_size < 8 or page_size & (page_size - 1):
+        raise ValueError(f"kv_cache has page size {page_size}; wanted a power of two ≥ 8")
     heads, head_dim = q.shape[-2:]
-    if head_dim != ROW:
-        raise ValueError(f"q has head_dim {head_dim}; wanted {ROW} ({_LAYOUT})")
+    if head_dim != row:
+        raise ValueError(f"q has head_dim {head_dim}; wanted kv_cache's {row}")
     if not 0 < heads <= MOST_HEADS:
         raise ValueError(f"q has {heads} heads; wanted 1 to {MOST_HEADS}")
     if options.scale is None:
@@ -49,5 +93,25 @@ def mla_decode(
             "scale is None; wanted a positive number or one float32 on the device: that of the "
             "layer before absorption"
         )
-    latent = kv_cache._replace(shape=(pages, 1, page_size, LATENT))
-    return _check.decode_problem(q, kv_cache, latent, block_tables, seq_lens, cu_seqlens_q, options)
+    return kv_cache._replace(shape=(*kv_cache.shape[:3], latent))
+
+
+def _positions(indices: View, q: View) -> int:
+    """Check sparse_indices and return top_k."""
+    tokens = q.shape[:-2]
+    *leading, top_k = indices.shape or (0,)
+    wanted = f"[{', '.join(map(str, tokens))}, top_k], positions of each token's keys"
+    _check_arrays.index_array(
+        "sparse_indices", indices, q, rank=max(len(indices.shape), 1), wanted=wanted
+    )
+    unit = len(q.shape) == 3 and tuple(leading) == (*tokens, 1)
+    if tuple(leading) != tokens and not unit:
+        raise ValueError(f"sparse_indices has shape {indices.shape}; wanted {wanted}")
+    if top_k % CHOSEN_STEP or not CHOSEN_STEP <= top_k <= MOST_CHOSEN:
+        raise ValueError(
+            f"sparse_indices has top_k {top_k}; wanted a multiple of {CHOSEN_STEP} up to "
+            f"{MOST_CHOSEN}"
+        )
+    if not _check_arrays.packed(indices):
+        raise ValueError(f"sparse_indices has strides {indices.strides}; wanted a contiguous array")
+    return top_k

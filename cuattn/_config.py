@@ -119,6 +119,41 @@ class MlaConfig:
         return _initialisers(self)
 
 
+@dataclass(frozen=True, slots=True)
+class MlaPortableConfig:
+    """Configuration of portable MLA decode."""
+
+    element: str = "bfloat16"
+    output: str = "bfloat16"
+    latent: int = 512
+    rope: int = 64
+    rows: int = 16
+    rows_per_warp: int = 16
+    block_kv: int = 64
+    stages: int = 2
+    warps: int = 8
+    sparse: bool = False
+
+    @property
+    def threads(self) -> int:
+        """Threads of a block."""
+        return self.warps * 32
+
+    @property
+    def shared_memory(self) -> int:
+        """Bytes of a block: tiles, what of Q is not in registers, P, maxima of rows, a word."""
+        parts = self.warps // (self.rows // self.rows_per_warp)
+        steps = (self.latent + self.rope) // 16
+        kept = 0 if self.rows_per_warp > 16 else min(steps, 24)
+        q = self.rows * _row_bytes(16 * (steps - kept))
+        ring = self.stages * self.block_kv * _row_bytes(self.latent + self.rope)
+        return ring + q + self.rows * _row_bytes(self.block_kv) + parts * self.rows * 4 + 4
+
+    def define(self) -> str:
+        """Return the designated initialisers that stand behind ``-DCUATTN_CONFIG=``."""
+        return _initialisers(self)
+
+
 def _row_bytes(head_dim: int) -> int:
     """Bytes of a row in shared memory."""
     return -(-head_dim // CHUNK) * CHUNK * 2

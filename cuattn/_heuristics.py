@@ -8,7 +8,14 @@ from itertools import product
 
 import numpy as np
 
-from ._config import CHUNK, DecodeConfig, FmhaConfig, MergeSplitsConfig, MlaConfig
+from ._config import (
+    CHUNK,
+    DecodeConfig,
+    FmhaConfig,
+    MergeSplitsConfig,
+    MlaConfig,
+    MlaPortableConfig,
+)
 from ._records import (
     DecodeGeometry,
     Device,
@@ -247,8 +254,11 @@ def decode_tile(
 
 # --- MLA decode -----------------------------------------------------------------------------------
 
-MLA_KERNEL = "mla_decode_sm90"
-MLA_ROWS = 64  # query rows, and keys a tile
+MLA_HOPPER = "mla_decode_sm90"
+MLA_PORTABLE = "mla_decode_sm80"
+MLA_ROWS = 64  # of Hopper's kernel: query rows, and keys a tile
+MLA_PAGE_SIZES = (16, 32, 64, 128)  # that its bulk copies take
+MLA_STAGES = 4  # tiles in shared memory, at most
 # Two tiles: 1 × 8K then has 64 blocks at work instead of 32.  Reasoned, not yet measured.
 SMALLEST_MLA_SPLIT = 128
 # Bytes of parts that one block reads at most.  It reads about 120 GB/s (12 warps, 8 KB each on
@@ -259,58 +269,106 @@ MOST_MERGED = 1 << 19
 
 @lru_cache(maxsize=4096)
 def mla_decode(problem: Problem, device: Device) -> Plan:
-    """Choose configuration, splits and grid of one call of MLA decode."""
-    if device.arch != "sm_90a":
-        major, minor = device.capability
-        raise RuntimeError(
-            f"{device.name} has compute capability {major}.{minor}; mla_decode wants 9.0 (Hopper), "
-            "the only one it has a kernel for so far"
+    """Choose kernel, configuration, splits and grid of one call of MLA decode."""
+    dims = problem.head_dim_v, problem.head_dim_qk - problem.head_dim_v
+    hopper = device.arch == "sm_90a" and dims == (512, 64) and not problem.sparse
+    config: MlaConfig | MlaPortableConfig
+    if hopper and problem.page_size in MLA_PAGE_SIZES:
+        kernel, rows, keys = MLA_HOPPER, MLA_ROWS, MLA_ROWS
+        config = MlaConfig(
+            problem.q.dtype, problem.out_dtype, problem.page_size, **_skipping(problem.skip)
         )
-    if problem.form == "decode":
-        row_blocks = problem.batch * -(-problem.q_len * problem.q_heads // MLA_ROWS)
+    else:
+        if problem.skip is not None:
+            raise ValueError(
+                f"skip_softmax is given, which {MLA_PORTABLE} cannot honour yet; wanted None but "
+                f"for {MLA_HOPPER}: Hopper, rows of 512 + 64, pages of 16 to 128, all keys"
+            )
+        tile = mla_tile(*dims, _mla_rows(problem), device.shared_memory)
+        kernel, rows, keys = MLA_PORTABLE, tile.rows, tile.block_kv
+        config = replace(
+            tile, element=problem.q.dtype, output=problem.out_dtype, sparse=problem.sparse
+        )
+    if problem.sparse:  # a block has rows of one token
+        row_blocks = problem.tokens * -(-problem.q_heads // rows) if problem.batch else 0
+    elif problem.form == "decode":
+        row_blocks = problem.batch * -(-problem.q_len * problem.q_heads // rows)
     else:  # each request may end with a block of rows that is not full
-        row_blocks = problem.tokens * problem.q_heads // MLA_ROWS + problem.batch
-    config = MlaConfig(
-        problem.q.dtype, problem.out_dtype, problem.page_size, **_skipping(problem.skip)
-    )
+        row_blocks = problem.tokens * problem.q_heads // rows + problem.batch
     places = device.multiprocessors  # one block fills the shared memory
     rule, most, items = _splits(problem, row_blocks, places, SMALLEST_MLA_SPLIT)
-    out, rows, arrivals = _partials(problem, MLA_ROWS, row_blocks, items) if most > 1 else (0, 0, 0)
-    merge = _mla_merge(problem, row_blocks, places, most)
+    blocks = items if kernel == MLA_HOPPER else min(items, LINE * places)
+    partials = _partials(problem, rows, row_blocks, items) if most > 1 else (0, 0, 0)
+    merge = None if problem.sparse else _mla_merge(problem, rows, row_blocks, places, most)
     return Plan(
-        kernel=MLA_KERNEL,
+        kernel=kernel,
         config=config,
         q_blocks=row_blocks,
-        grid=(items if problem.tokens else 0, 1, 1),
+        grid=(blocks if problem.tokens else 0, 1, 1),
         threads=config.threads,
         shared_memory=config.shared_memory,
-        geometry=MlaGeometry(MLA_ROWS, MLA_ROWS, 1, rule),
-        reason=f"one block a multiprocessor by shared memory, at most {most} splits, merged by "
+        geometry=MlaGeometry(rows, keys, 1, rule),
+        reason=f"{rows} rows and {keys} keys, one block a multiprocessor by shared memory, "
+        f"at most {most} splits, merged by "
         f"{'their last block' if merge is None else 'a kernel of its own'}",
         items=items,
-        partials=(out, rows, 0 if merge else arrivals),
+        partials=partials if merge is None else (*partials[:2], 0),
         merge=merge,
     )
 
 
-def _mla_merge(problem: Problem, row_blocks: int, places: int, most: int) -> Step | None:
+def _mla_merge(
+    problem: Problem, block_rows: int, row_blocks: int, places: int, most: int
+) -> Step | None:
     """Return the kernel that merges splits, if they are many for the last block to arrive.
 
     So many splits as requests of one length are cut into: `most` counts a single long one, too.
     """
     equal = -(-places // max(row_blocks, 1))
     splits = most if problem.batch_invariant else min(most, equal)
-    rows = min(MLA_ROWS, problem.q_len * problem.q_heads)
+    rows = min(block_rows, problem.q_len * problem.q_heads)
     if splits * rows * problem.head_dim_v * 4 <= MOST_MERGED:
         return None
-    config = MergeSplitsConfig(problem.out_dtype, MLA_ROWS, problem.head_dim_v)
+    config = MergeSplitsConfig(problem.out_dtype, block_rows, problem.head_dim_v)
     return Step("merge_splits", config, row_blocks * rows, config.threads, 0)
+
+
+def _mla_rows(problem: Problem) -> int:
+    """Return the rows of a portable block, by those that read the same keys."""
+    tokens = problem.q_len
+    if problem.sparse:
+        tokens = 1
+    elif problem.form == "decode_ragged":
+        tokens = -(-problem.tokens // max(problem.batch, 1))
+    return next((rows for rows in (16, 32) if tokens * problem.q_heads <= rows), MLA_ROWS)
+
+
+def mla_tile(latent: int, rope: int, rows: int, shared_memory: int) -> MlaPortableConfig:
+    """Return the geometry of a portable MLA kernel: the largest tile of which two fit.
+
+    16 rows a warp keep most of Q in registers; at 32 rows a warp every key and value that is read
+    from shared memory serves twice as many products.
+    """
+    for here in (size for size in (64, 32, 16) if size <= rows):
+        for keys in (64, 32):
+            config = MlaPortableConfig(
+                latent=latent,
+                rope=rope,
+                rows=here,
+                rows_per_warp=32 if here == 64 else 16,
+                block_kv=keys,
+                warps=keys // 8 if here == 16 else 8,  # each has at least 8 keys
+            )
+            if config.shared_memory <= shared_memory:
+                deeper = (replace(config, stages=n) for n in range(MLA_STAGES, 2, -1))
+                return next((c for c in deeper if c.shared_memory <= shared_memory), config)
+    raise AssertionError(f"no tile of MLA decode fits {shared_memory} bytes")
 
 
 # --- what is shipped ------------------------------------------------------------------------------
 
 
-Config = FmhaConfig | DecodeConfig | MlaConfig | MergeSplitsConfig
+Config = FmhaConfig | DecodeConfig | MlaConfig | MlaPortableConfig | MergeSplitsConfig
 
 
 def shipped_configs(arch: str) -> list[tuple[str, Config]]:
@@ -318,8 +376,8 @@ def shipped_configs(arch: str) -> list[tuple[str, Config]]:
 
     Compiled at first use: unequal head dimensions other than 192/128, outputs of another dtype than
     the inputs; of decode, more than 16 rows, many short items, a soft cap with skipping, and the
-    certificate of a threshold; of MLA, that too, and pages of other than
-    64 tokens.
+    certificate of a threshold; of MLA, that too, on Hopper pages of other than 64 tokens, and
+    elsewhere or sparse 17 to 32 rows and all but a latent part of 512 and a rope part of 64.
     """
     shared_memory = SHARED_MEMORY[arch]
     prefill = [
@@ -350,12 +408,19 @@ def shipped_configs(arch: str) -> list[tuple[str, Config]]:
     mla: list[tuple[str, Config]] = []
     for element in ELEMENTS if arch == "sm_90a" else ():
         mla += [
-            (MLA_KERNEL, MlaConfig(element, element, **kind))
+            (MLA_HOPPER, MlaConfig(element, element, **kind))
             for kind in (dense, {"skip_softmax": True}, mass_rule)
         ]
         mla.append(("merge_splits", MergeSplitsConfig(element)))
+    portable = [
+        replace(mla_tile(512, 64, rows, shared_memory), element=x, output=x, sparse=sparse)
+        for rows, x, sparse in product(
+            (16, 64), ELEMENTS, (True,) if arch == "sm_90a" else (False, True)
+        )
+    ]
     return [
         *(("fmha_sm80", config) for config in prefill),
         *(("decode", config) for config in decode),
         *mla,
+        *((MLA_PORTABLE, config) for config in portable),
     ]

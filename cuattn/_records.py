@@ -85,6 +85,7 @@ class Problem:
     lse_shape: tuple[int, ...]
     tokens: int = 0  # of q in all; decode only, as what follows
     batch_invariant: bool = False
+    sparse: bool = False  # every token has a list of kv_len positions in the cache; MLA only
 
 
 @dataclass(frozen=True, slots=True)

@@ -119,6 +119,8 @@ def check_call(
     a paged cache's. Does nothing in the capture of a graph.
     """
     named = dict(zip(names, views, strict=False))
+    if "block_tables" not in named:  # lengths without tables have no limit
+        named.pop("seq_lens", None)
     cache = named.get(_check_tools.CACHES[0]) or named.get("kv_cache")
     pages = None
     if cache is not None and layout is not None:

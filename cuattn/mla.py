@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from . import _call, _check_tools, _ingest
+from . import _call, _check_mla, _check_tools, _ingest
 
 
 def mla_decode(
@@ -18,6 +18,8 @@ def mla_decode(
     out_scale: Any = None,
     sinks: Any = None,
     skip_softmax: Any = None,
+    sparse_indices: Any = None,
+    latent_dim: int | None = None,
     batch_invariant: bool | None = None,
     return_lse: bool = False,
     out: Any = None,
@@ -27,26 +29,26 @@ def mla_decode(
 ) -> Any:
     """Multi-head latent attention of each request's newest tokens, absorbed into the latent space.
 
-    All heads share one row per key: its 576 columns are the key, the first 512 of them, the latent
-    part, are the value too. Token i of a request that has n of them sees its keys up to
-    ``seq_len - n + i``, so they are in the cache already; `append_mla_kv` puts them there. GPUs of
-    compute capability 9.0 only, so far.
+    All heads share one row per key: it is the key, and its first columns, the latent part, are the
+    value too; the others are the rope part. Token i of a request that has n of them sees its keys
+    up to ``seq_len - n + i``, so they are in the cache already; `append_mla_kv` puts them there.
 
     Parameters
     ----------
-    q : array, ``[batch, heads, 576]`` or ``[batch, q_len, heads, 576]``
+    q : array, ``[batch, heads, row]`` or ``[batch, q_len, heads, row]``
         One token of each request, or `q_len` of them; bfloat16 or float16, up to 128 heads. Its
-        first 512 columns are multiplied by the up-projection of keys, the others are rotated. With
-        `cu_seqlens_q`: ``[tokens, heads, 576]``.
-    kv_cache : array, ``[pages, page_size, 576]``
-        Latent and rope part of each key, of q's dtype; also with a head axis of 1 before or behind
-        that of `page_size`, which is 16, 32, 64 or 128. Rows start on 16 bytes.
+        latent columns are multiplied by the up-projection of keys, the others are rotated. With
+        `cu_seqlens_q`: ``[tokens, heads, row]``.
+    kv_cache : array, ``[pages, page_size, row]``
+        Latent and rope part of each key, of q's dtype: 512 + 64, 256 + 64 or 512 + 0 columns. Also
+        with a head axis of 1 before or behind that of `page_size`, which is a power of two from 8.
+        Rows start on 16 bytes.
     block_tables : array, int32 ``[batch, max_pages]``
         The pages of each request, in order. Entries past its length are never read; a page number
-        outside the cache reads as zeros.
+        outside the cache reads as zeros. With `sparse_indices` not read, and may be None.
     seq_lens : array, int32 ``[batch]``
         Length of each request in the cache, new tokens included. Read on the device: it may change
-        between replays of a CUDA graph, up to ``max_pages * page_size``.
+        between replays of a CUDA graph, up to ``max_pages * page_size`` where tables are read.
     scale : float or array of one float32
         Multiplies QKᵀ, above 0. No default: it is that of the layer before absorption, in
         DeepSeek's models ``192 ** -0.5`` times what the rope scaling adds. An array is read by the
@@ -62,12 +64,20 @@ def mla_decode(
         of the output. All rows of a block of 64 have to agree: heads of a token, then the next one.
         No bytes are saved, since keys and values are the same; with 16 heads, where memory is the
         limit, nothing is gained.
+    sparse_indices : array, int32 ``[batch, q_len, top_k]``, optional
+        The keys of each token, instead of all that it sees: positions in the cache, ``page *
+        page_size + slot``. Of q's form: also ``[batch, top_k]``, and with `cu_seqlens_q`
+        ``[tokens, top_k]``; contiguous. `top_k` is a multiple of 64 up to 4096. A token that sees
+        fewer keys than that uses as many of its first entries; all heads see all of them. An entry
+        outside the cache is no key, one that is there twice counts twice.
+    latent_dim : int, optional
+        Columns of a value, 512 or 256. By default, what a row of the cache allows.
     batch_invariant : bool, optional
         Cut a request's keys into splits by its own length alone, so that its result has the same
         bits in every batch. By default the splits also depend on the size of the batch.
     return_lse : bool
         Return ``(out, lse)``.
-    out : array, q's shape with 512 columns, optional
+    out : array, q's shape with the latent columns, optional
         Written in place and returned as it is.
     lse : array, float32, q's shape without its last axis, optional
         Written in place; returned if `return_lse`.
@@ -88,12 +98,13 @@ def mla_decode(
     ------
     ValueError, TypeError
         Before anything is launched, naming the argument, what came and what was wanted.
-    RuntimeError
-        On a GPU that is not of compute capability 9.0.
 
     Notes
     -----
     Results are the same to the bit from run to run and for every width of `block_tables`.
+
+    On Hopper, rows of 512 + 64 columns in pages of 16 to 128 tokens have a kernel of their own,
+    without `sparse_indices`; all else runs the portable one.
 
     References
     ----------
@@ -113,8 +124,19 @@ def mla_decode(
     launch = None if stream is None else _ingest.stream_handle(stream)
     q_view = _ingest.view(q, "q", launch)
     cache = _check_tools.mla_cache(_ingest.view(kv_cache, "kv_cache", launch, q_view))
-    tables = _ingest.view(block_tables, "block_tables", launch, q_view)
     lengths = _ingest.view(seq_lens, "seq_lens", launch, q_view)
+    latent = _check_mla.latent_dim(latent_dim)
+    sparse = sparse_indices is not None
+    if block_tables is None and not sparse:
+        raise TypeError("block_tables is None without sparse_indices; wanted int32 arrays of pages")
+    tables = None
+    if block_tables is not None:
+        tables = _ingest.view(block_tables, "block_tables", launch, q_view)
+    if sparse:
+        if tables is not None:
+            _check_mla.unread_tables(tables, lengths, q_view)
+        tables = _ingest.view(sparse_indices, "sparse_indices", launch, q_view)
+    assert tables is not None
     views: tuple[Any, ...] = (q_view, cache, tables, lengths)
     ends_at = 0
     if cu_seqlens_q is not None:
@@ -142,4 +164,6 @@ def mla_decode(
         out_dtype,
         batch_invariant,
     )
-    return _call.attend(_call.MLA, views, pointers, given, return_lse, launch, "HND")
+    return _call.attend(
+        _call.mla(latent, sparse), views, pointers, given, return_lse, launch, "HND"
+    )

@@ -18,11 +18,13 @@ from cuattn.reference_decode import decode
 
 Array = NDArray[Any]
 
+LATENTS = {576: 512, 512: 512, 320: 256}  # by the columns of a row
+
 
 def mla_decode(
     q: Array,
     kv_cache: Array,
-    block_tables: Array,
+    block_tables: Array | None,
     seq_lens: Array,
     *,
     cu_seqlens_q: Array | None = None,
@@ -31,7 +33,7 @@ def mla_decode(
     sinks: Array | None = None,
     skip_softmax: Any = None,
     sparse_indices: Array | None = None,
-    latent: int = 512,
+    latent_dim: int | None = None,
     out_dtype: Any = None,
     geometry: MlaGeometry | None = None,
     arithmetic: str = "float64",
@@ -44,8 +46,8 @@ def mla_decode(
         The newest tokens of every request; the last form with `cu_seqlens_q`. Columns are those of
         a row of the cache.
     kv_cache : ndarray, ``[pages, page_size, d_qk]``
-        A row is a key; its first `latent` columns are the value. Also with a head axis of 1 before
-        or behind that of `page_size`.
+        A row is a key; its first `latent_dim` columns are the value. Also with a head axis of 1
+        before or behind that of `page_size`.
     block_tables : ndarray of int, ``[batch, max_pages]``
         Page of each stretch of keys; a page outside the cache reads as zeros.
     seq_lens : ndarray of int, ``[batch]``
@@ -57,11 +59,13 @@ def mla_decode(
     out_scale, sinks, skip_softmax, out_dtype
         As in `cuattn.mla_decode`, with NumPy arrays.
     sparse_indices : ndarray of int, ``[batch, q_len, top_k]``, optional
+        Also ``[batch, top_k]``, and ``[tokens, top_k]`` with `cu_seqlens_q`; block_tables may then
+        be None.
         Keys of each token as positions in the cache, page · page_size + slot. Token i of a request
         uses the first min(kv_len - q_len + i + 1, top_k); of these, positions outside the cache are
         ignored, and one that is there twice counts twice. Default: all keys of `block_tables`.
-    latent : int
-        Columns of a value.
+    latent_dim : int, optional
+        Columns of a value. Default: what `cuattn.mla_decode` takes for such rows.
     geometry : MlaGeometry, optional
         Of the kernel's plan; needed with `skip_softmax`. Not with `sparse_indices`, so far.
     arithmetic : {"float64", "float32-plain"}
@@ -78,14 +82,15 @@ def mla_decode(
     >>> import numpy as np
     >>> q = np.ones((1, 4, 24)); cache = np.ones((3, 16, 24))
     >>> tables, lengths = np.array([[2, 0]]), np.array([20])
-    >>> mla_decode(q, cache, tables, lengths, scale=0.25, latent=16).out.shape
+    >>> mla_decode(q, cache, tables, lengths, scale=0.25, latent_dim=16).out.shape
     (1, 4, 16)
     """
     rows = _rows(kv_cache)
+    latent = LATENTS.get(rows.shape[2], 0) if latent_dim is None else latent_dim
     if not 0 < latent <= rows.shape[2] or q.shape[-1] != rows.shape[2]:
         raise ValueError(
-            f"q has d_qk {q.shape[-1]} and latent is {latent}; wanted d_qk {rows.shape[2]}, a row "
-            "of kv_cache, and latent no more than that"
+            f"q has d_qk {q.shape[-1]} and latent_dim is {latent}; wanted d_qk {rows.shape[2]}, a "
+            "row of kv_cache, and latent_dim no more than that"
         )
     options = {
         "layout": "NHD",
@@ -96,6 +101,8 @@ def mla_decode(
         "arithmetic": arithmetic,
     }
     if sparse_indices is None:
+        if block_tables is None:
+            raise ValueError("block_tables is None; wanted pages where sparse_indices is None too")
         caches = _keys_and_values(rows, latent)
         skipping = {"skip_softmax": skip_softmax, "geometry": geometry}
         return decode(
@@ -103,9 +110,9 @@ def mla_decode(
         )
     if skip_softmax is not None or geometry is not None:
         raise ValueError("skip_softmax and geometry cannot be replayed with sparse_indices, so far")
-    batch, max_pages = block_tables.shape
-    kv_lens = np.clip(np.asarray(seq_lens).ravel(), 0, max_pages * rows.shape[1])
     q_len = 1 if q.ndim == 3 else q.shape[1]
+    kv_lens = np.maximum(np.asarray(seq_lens, np.int64).ravel(), 0)
+    batch = len(kv_lens)
     cu_q = np.arange(batch + 1) * q_len if cu_seqlens_q is None else np.asarray(cu_seqlens_q)
     slots = rows.reshape(-1, 1, rows.shape[2])  # pages of one token
     tables, lengths = _chosen(sparse_indices, cu_q, kv_lens, len(slots))
@@ -143,7 +150,9 @@ def _chosen(sparse_indices: Array, cu_q: Array, kv_lens: Array, slots: int) -> t
     q_lens = np.diff(cu_q)
     request = np.repeat(np.arange(len(q_lens)), q_lens)
     place = np.arange(len(request)) - (cu_q[:-1] - cu_q[0])[request]  # in its request
-    entries = np.asarray(sparse_indices)[request, place]
+    indices = np.asarray(sparse_indices)
+    # Of each request, or of each token of all.
+    entries = indices[request, place] if indices.ndim == 3 else indices[cu_q[0] : cu_q[-1]]
     seen = (kv_lens - q_lens)[request] + place + 1
     valid = (entries >= 0) & (entries < slots)
     valid &= np.arange(entries.shape[1]) < seen[:, None]

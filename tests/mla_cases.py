@@ -36,6 +36,7 @@ class MlaCase(DecodeCase):
     page_size: int = 64
     scale: float | None = 192**-0.5  # that of heads of 128 + 64 before absorption
     head_axis: str = ""  # of 1 in the cache: "before" or "behind" that of the slots
+    top_k: int = 0  # sparse: entries of each token's list
 
     @property
     def id(self) -> str:
@@ -44,6 +45,10 @@ class MlaCase(DecodeCase):
         words = super(MlaCase, usual).id.replace("mha", f"h{self.q_heads}", 1)
         if self.scale != 192**-0.5:
             words += f"-scale{self.scale or 0:g}"
+        if (self.d_qk, self.d_v) != (LATENT + ROPE, LATENT):
+            words += f"-{self.d_v}+{self.d_qk - self.d_v}"
+        if self.top_k:
+            words += f"-top{self.top_k}"
         return f"{words}-axis-{self.head_axis}" if self.head_axis else words
 
     @property
@@ -66,7 +71,7 @@ def mla_call(case: MlaCase) -> Call:
             q, rows = np.abs(q), -np.abs(rows)
         if case.data == "structured":
             _weigh_tiles(rng, q, rows)
-        requests.append((q, rows, rows[..., :LATENT]))
+        requests.append((q, rows, rows[..., : case.d_v]))
     paged = replace(case, layout="NHD", pair=True)
     (cache, _), tables, seq_lens = pages_of(paged, rng, requests)
     if not case.head_axis:
@@ -75,6 +80,8 @@ def mla_call(case: MlaCase) -> Call:
         cache = cache.swapaxes(1, 2)
     options = options_of(case, rng)
     del options["causal"]  # which decode always is
+    if case.top_k:
+        options["sparse_indices"] = chosen(case, rng, tables, len(cache))
     if case.form == "ragged":
         q = tokens_of(case, requests)
         options["cu_seqlens_q"] = prefix_sums([q_len for q_len, _ in case.lengths])
@@ -100,7 +107,35 @@ def problem_of_mla(call: Call, skip: SkipMode | None = None) -> Problem:
     q, cache, tables, seq_lens = (view_of(x) for x in call.arrays)
     options = _check.Options(**given, causal=True, skip=skip)
     cache = _check_tools.mla_cache(cache)
-    return _check_mla.mla_decode(q, cache, tables, seq_lens, cu_seqlens_q, "HND", options)
+    return _check_mla.mla_decode(None, q, cache, tables, seq_lens, cu_seqlens_q, "HND", options)
+
+
+NOWHERE = (-1, -(2**31), 2**31 - 1)  # and the number of slots
+
+
+def chosen(case: MlaCase, rng: np.random.Generator, tables: Array, pages: int) -> Array:
+    """Each token's list: any keys of its request, some nowhere; behind its end, poisoned slots."""
+    size, slots = case.page_size, pages * case.page_size
+    places = []
+    for (_, kv_len), table in zip(case.lengths, tables, strict=True):
+        key = np.arange(kv_len)
+        places.append(table[key // size] * size + key % size)
+    poisoned = np.setdiff1d(np.arange(slots), np.concatenate(places))
+    lists = []
+    for (q_len, kv_len), own in zip(case.lengths, places, strict=True):
+        for token in range(q_len):
+            entries = rng.choice(poisoned, case.top_k)
+            count = min(max(kv_len - q_len + token + 1, 0), case.top_k)
+            entries[:count] = rng.choice(own, count) if count else 0
+            some = rng.random(count) < 0.2
+            entries[:count][some] = rng.choice([*NOWHERE, slots], some.sum())
+            lists.append(entries)
+    if case.form == "ragged":  # tokens of no request have lists too
+        lists += [rng.choice(poisoned, case.top_k)] * 5
+        return np.array(lists, np.int32)
+    batch = len(case.lengths)
+    shape = (batch, case.top_k) if case.form == "flat" else (batch, -1, case.top_k)
+    return np.array(lists, np.int32).reshape(shape)
 
 
 def ones(*kv_lens: int) -> tuple[tuple[int, int], ...]:
@@ -190,3 +225,22 @@ MLA = list(dict.fromkeys(MLA))
 # For skip-softmax: tiles differ in weight, and there are some beside the seeds of several splits.
 LONG = MlaCase(lengths=ones(1500, 700), data="structured")
 SHORT = replace(LONG, lengths=ones(700))
+# What runs the portable kernel on every GPU.
+SPARSE = [
+    MlaCase(top_k=64),
+    MlaCase(top_k=128, lengths=ones(0, 1, 63, 128, 129, 300), page_size=16, q_heads=1),
+    MlaCase(top_k=2048, lengths=ones(2100), sinks=True, out_scale=0.5),  # several splits
+    MlaCase(top_k=2048, lengths=ones(70), page_size=8),
+    MlaCase(top_k=192, lengths=((3, 200), (3, 2)), form="tokens", scale=0.1),
+    replace(UNEVEN, top_k=64, page_size=256, sinks=True),
+    MlaCase(top_k=64, lengths=((0, 7), (3, 3), (0, 0)), form="ragged"),
+    MlaCase(top_k=128, lengths=ones(40, 200), q_heads=128),
+    MlaCase(top_k=1024, lengths=((2, 1100),), form="tokens", q_heads=65, memory="packed"),
+    replace(UNEVEN, top_k=64, q_heads=64, poison="huge"),
+]
+PAIRS = [
+    MlaCase(d_qk=512, dtype="float16", lengths=ones(0, 65, 600)),
+    MlaCase(d_qk=512, dtype="float16", lengths=((2, 65), (2, 1)), form="tokens", q_heads=5),
+    MlaCase(d_qk=320, d_v=256, q_heads=64, top_k=128, lengths=ones(50, 200)),
+    MlaCase(d_qk=320, d_v=256, q_heads=128, top_k=576, lengths=ones(600), scale=0.1),
+]

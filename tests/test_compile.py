@@ -62,6 +62,8 @@ def compiled_here(job: Job) -> bool:
     if job.kernel == "decode":
         here = job.arch == "sm_90a" or any(f"head_dim_qk={d}" in job.label for d in (64, 128, 256))
         return usual or (here and not half)
+    if job.kernel == "mla_decode_sm80":  # shipped for sm_90a with lists of keys only
+        return not half and (job.arch == "sm_90a" or "sparse" not in job.label)
     return job.arch == "sm_90a" or not half or usual
 
 

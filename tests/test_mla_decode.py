@@ -16,7 +16,7 @@ from mla_cases import LENGTHS, MLA, UNEVEN, USUAL, MlaCase, mla_call, ones, prob
 from test_decode import assert_same, with_arrays
 
 import cuattn
-from cuattn import _call, _device, _heuristics, emulator
+from cuattn import _call, _heuristics, emulator
 
 TOKENS = MlaCase(lengths=((4, 100), (4, 203)), form="tokens")
 LONG = MlaCase(lengths=ones(1, 900, 0, 333))
@@ -303,10 +303,10 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     (with_cache(64, 576), "kv_cache", r"\(64, 576\)"),
     (with_cache(5, 2, 64, 576), "kv_cache", r"\(5, 2, 64, 576\)"),
     (with_cache(5, 1, 1, 64, 576), "kv_cache", r"\(5, 1, 1, 64, 576\)"),
-    (with_cache(5, 64, 512), "kv_cache", "512.*576"),
+    (with_cache(5, 64, 512), "q", "576.*512"),
     (with_cache(5, 64, 656), "kv_cache", "656.*576"),
-    *((with_cache(5, n, 576), "kv_cache", rf"{n}\b.*16, 32, 64") for n in (1, 8, 48, 256, 0)),
-    (with_cache(5, 256, 1, 576), "kv_cache", "256.*16, 32, 64"),
+    *((with_cache(5, n, 576), "kv_cache", rf"{n}\b.*power of two") for n in (1, 4, 48, 0)),
+    (with_cache(5, 48, 1, 576), "kv_cache", "48.*power of two"),
     ({"kv_cache": np.ones((5, 64, 576), np.int8)}, "kv_cache", "int8"),
     ({"kv_cache": np.ones((5, 64, 576), np.float32)}, "kv_cache", "float32"),
     ({"kv_cache": np.ones((5, 64, 1152), np.float16)[..., ::2]}, "kv_cache", "stride"),
@@ -371,16 +371,6 @@ def test_results_may_not_lie_in_inputs(name: str, place: str) -> None:
     result = arguments[place].reshape(-1).view(dtype)[: math.prod(shape)].reshape(shape)
     said = refused({place: arguments[place], name: result})
     assert re.match(rf"{name} shares memory with {place}", said), said
-
-
-@pytest.mark.emulator
-@pytest.mark.parametrize("capability", [(8, 0), (8, 9), (10, 0), (12, 0)])
-def test_other_architectures_are_told_so(capability: tuple[int, int]) -> None:
-    major, minor = capability
-    other = replace(_device.EMULATOR, capability=capability, arch=f"sm_{major}{minor}")
-    said = refused({}, device=other)
-    assert re.search(rf"\b({major}\.{minor}|sm_{major}{minor})\b", said), said
-    assert "mla_decode" in said and "Hopper" in said and "\n" not in said
 
 
 def test_the_table_of_cases_holds_every_kind() -> None:

@@ -64,7 +64,7 @@ class Requests:
         return np.cumsum([0, *map(len, self.q)])
 
     def decode(self, **options: Any) -> reference.Result:
-        given = {"cu_seqlens_q": self.ends, "scale": SCALE, "latent": LATENT, **options}
+        given = {"cu_seqlens_q": self.ends, "scale": SCALE, "latent_dim": LATENT, **options}
         cache = given.pop("kv_cache", self.cache)
         return reference.mla_decode(
             np.concatenate(self.q), cache, self.tables, self.lengths, **given
@@ -159,7 +159,7 @@ def test_forms_of_q_and_of_the_cache(q_len: int, sparse: bool) -> None:
                 *(form, cache, requests.tables, requests.lengths[:, None]),
                 scale=SCALE,
                 sparse_indices=indices,
-                latent=LATENT,
+                latent_dim=LATENT,
             )
             assert result.out.shape == (*form.shape[:-1], LATENT)
             assert result.lse.shape == result.dropped_mass.shape == form.shape[:-1]
@@ -170,7 +170,7 @@ def test_forms_of_q_and_of_the_cache(q_len: int, sparse: bool) -> None:
 
 def test_only_the_first_columns_are_values() -> None:
     requests = Requests.normal([(1, 30)])
-    whole = requests.decode(latent=LATENT + ROPE)
+    whole = requests.decode(latent_dim=LATENT + ROPE)
     np.testing.assert_allclose(whole.out[..., :LATENT], requests.decode().out, rtol=1e-12)
 
 
@@ -269,7 +269,7 @@ def test_absorbed_is_the_layer_as_published(q_len: int, sparse: bool) -> None:
     absorbed_q = np.concatenate([np.einsum("thn,hnl->thl", q_nope, up_k), q_pe], axis=-1)
     requests = Requests([absorbed_q[-q_len:]], [np.concatenate([c_kv, k_pe], axis=-1)])
     indices = requests.all_indices() if sparse else None
-    result = requests.decode(scale=scale, latent=latent, sparse_indices=indices)
+    result = requests.decode(scale=scale, latent_dim=latent, sparse_indices=indices)
     out = np.einsum("thl,hvl->thv", result.out, up_v)
     np.testing.assert_allclose(out, published.out, rtol=1e-10, atol=1e-12)
     np.testing.assert_allclose(result.lse, published.lse, rtol=1e-12)
@@ -302,9 +302,12 @@ def test_plain_arithmetic_is_the_textbook_in_float32(dtype: Any, sparse: bool) -
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"latent": 25}, "q has d_qk 24 and latent is 25; wanted d_qk 24"),
-        ({"latent": 0}, "latent is 0"),
-        ({"kv_cache": np.zeros((6, PAGE, 32))}, "q has d_qk 24 and latent is 16; wanted d_qk 32"),
+        ({"latent_dim": 25}, "q has d_qk 24 and latent_dim is 25; wanted d_qk 24"),
+        ({"latent_dim": 0}, "latent_dim is 0"),
+        (
+            {"kv_cache": np.zeros((6, PAGE, 32))},
+            "q has d_qk 24 and latent_dim is 16; wanted d_qk 32",
+        ),
         ({"kv_cache": np.zeros((6, 2, PAGE, 24))}, r"kv_cache has shape \(6, 2, 8, 24\); wanted"),
         ({"kv_cache": np.zeros((6, 24))}, r"kv_cache has shape \(6, 24\); wanted \[pages, page_s"),
         ({"arithmetic": "float16"}, "arithmetic is 'float16'; wanted"),

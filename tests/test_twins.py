@@ -27,7 +27,13 @@ from cases import (
 from decode_cases import DECODE, SKIP_DECODE, DecodeCase, decode_call, problem_of_decode
 
 from cuattn import _compile, _heuristics, _params, _sources, _tensor_map, emulator
-from cuattn._config import DecodeConfig, FmhaConfig, MergeSplitsConfig, MlaConfig
+from cuattn._config import (
+    DecodeConfig,
+    FmhaConfig,
+    MergeSplitsConfig,
+    MlaConfig,
+    MlaPortableConfig,
+)
 from cuattn._records import (
     DecodeGeometry,
     Device,
@@ -165,20 +171,23 @@ def test_every_number_is_packed_in_its_place() -> None:
     }
 
 
-def field_checks(name: str, config: Any) -> list[str]:
+CONFIGS = (FmhaConfig, DecodeConfig, MlaConfig, MlaPortableConfig, MergeSplitsConfig)
+
+
+def field_checks(name: str, config: _heuristics.Config) -> list[str]:
     """`static_assert` conditions that each field has the value of the Python record."""
     literals = dict(part.split("=") for part in config.define().split(", "))
     return [f"{name}{field} == {value}" for field, value in literals.items()]
 
 
-@pytest.mark.parametrize("record", [FmhaConfig, DecodeConfig, MlaConfig, MergeSplitsConfig])
+@pytest.mark.parametrize("record", CONFIGS)
 def test_configurations_have_the_same_fields_and_defaults(record: Any) -> None:
     checks = field_checks(f"{record.__name__}{{}}", record())
     assert len(checks) == len(fields(record))
     compile_asserts(checks, head="#include <attention/config.cuh>")
 
 
-@pytest.mark.parametrize("record", [FmhaConfig, DecodeConfig, MlaConfig, MergeSplitsConfig])
+@pytest.mark.parametrize("record", CONFIGS)
 def test_a_configuration_arrives_field_by_field(record: Any) -> None:
     other = {"bfloat16": "float32", False: True, True: False}
     usual = {field.name: field.default for field in fields(record)}
@@ -249,6 +258,28 @@ def test_mla_maps_lie_behind_the_parameters() -> None:
         config=config.define(),
         head=_sources.read()["mla_decode_sm90.cu"],
         arch="sm_90a",
+    )
+
+
+@pytest.mark.parametrize(
+    ("dims", "rows", "arch"),
+    [((512, 64), 16, "sm_86"), ((512, 0), 32, "sm_80"), ((256, 64), 64, "sm_90a")],
+)
+def test_shared_memory_of_portable_mla_is_what_the_kernel_carves(
+    dims: tuple[int, int], rows: int, arch: str
+) -> None:
+    tile = _heuristics.mla_tile(*dims, rows, _heuristics.SHARED_MEMORY[arch])
+    parts = ["config.stages * KvTile::bytes", "QTile::bytes", "PTile::bytes"]
+    rows_bytes = "Shape::parts * config.rows * 4"
+    compile_asserts(
+        [
+            *(f"({part}) % 1024 == 0" for part in parts),
+            f"({rows_bytes}) % 16 == 0",
+            f"{' + '.join(parts)} + {rows_bytes} + 4 == {tile.shared_memory}",
+            f"config.threads() == {tile.threads}",
+        ],
+        config=tile.define(),
+        head=_sources.read()["mla_decode_sm80.cu"],
     )
 
 

@@ -27,6 +27,7 @@ _PARAMETERS = {
     "kv_cache": ("k", "v"),
     "kv_cache (k)": ("k",),
     "kv_cache (v)": ("v",),
+    "sparse_indices": ("block_tables",),
     "scale": ("scale_array",),
     "out_scale": ("out_scale_array",),
 }

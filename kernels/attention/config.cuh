@@ -58,3 +58,21 @@ struct MlaConfig {
 
   DEVICE constexpr int32 threads() const { return 384; }
 };
+
+// Portable MLA decode.  One block: `rows` query rows of one request, of which `rows_per_warp`
+// belong to several warps together: they share out the keys of a tile, and then the latent columns
+// of O.
+struct MlaPortableConfig {
+  Dtype element = Dtype::bfloat16;
+  Dtype output = Dtype::bfloat16;
+  int32 latent = 512;
+  int32 rope = 64;
+  int32 rows = 16;
+  int32 rows_per_warp = 16;
+  int32 block_kv = 64;
+  int32 stages = 2;  // tiles of keys in shared memory
+  int32 warps = 8;
+  bool sparse = false;
+
+  DEVICE constexpr int32 threads() const { return warps * 32; }
+};

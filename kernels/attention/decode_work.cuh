@@ -36,16 +36,21 @@ struct DecodeRequest {
   DEVICE int32 row_blocks(const AttentionParams& params) const {
     return ceil_div(q_len * params.group, block_rows);
   }
+
+  static constexpr bool may_be_nobody = false;
+  static DEVICE int32 count(const AttentionParams& params) { return params.batch; }
+  static DEVICE int32 tokens(const AttentionParams& params) { return params.q_len; }  // if even
+  static DEVICE bool uneven(const AttentionParams& params) { return params.cu_seqlens_q; }
 };
 
 // Keys times blocks of rows, of all requests.
-template <int32 block_rows>
+template <int32 block_rows, typename Request>
 DEVICE int64 total_load(const AttentionParams& params) {
   int64 load = 0;
 #pragma unroll 4
-  for (int32 request = lane_index(); request < params.batch; request += warp_size) {
-    const DecodeRequest here(params, request);
-    load += int64(here.keys) * here.row_blocks<block_rows>(params);
+  for (int32 request = lane_index(); request < Request::count(params); request += warp_size) {
+    const Request here(params, request);
+    load += int64(here.keys) * here.template row_blocks<block_rows>(params);
   }
 #pragma unroll
   for (int32 distance = 16; distance > 0; distance /= 2) load += shuffle_xor(load, distance);
@@ -78,29 +83,30 @@ struct DecodeWork {
 };
 
 // How requests are cut, which no block decides alone.
-template <int32 block_rows>
+template <int32 block_rows, typename Request = DecodeRequest>
 struct DecodeSchedule {
   const AttentionParams& params;
   const int64 load;  // of all requests
 
   DEVICE DecodeSchedule(const AttentionParams& params)
       : params(params),
-        load(params.splitting && !params.splits.alone ? total_load<block_rows>(params) : 0) {}
+        load(params.splitting && !params.splits.alone ? total_load<block_rows, Request>(params)
+                                                      : 0) {}
 
   // With split 0; where requests have unequal lengths, some do not exist.
   DEVICE int32 first_items() const { return params.q_blocks * params.kv_heads; }
 
-  DEVICE int32 row_blocks(const DecodeRequest& request) const {
-    return request.row_blocks<block_rows>(params);
+  DEVICE int32 row_blocks(const Request& request) const {
+    return request.template row_blocks<block_rows>(params);
   }
-  DEVICE int32 splits(const DecodeRequest& request) const {
+  DEVICE int32 splits(const Request& request) const {
     if (!params.splitting) return 1;
     const int64 own = int64(request.keys) * row_blocks(request);
     return splits_of(params.splits, request.keys, params.splits.alone ? own : load);
   }
   // Items of a request beyond those with split 0.
   DEVICE int32 more_items(int32 request) const {
-    const DecodeRequest here(params, request);
+    const Request here(params, request);
     return row_blocks(here) * params.kv_heads * (splits(here) - 1);
   }
   // The same of all requests before.
@@ -115,22 +121,25 @@ struct DecodeSchedule {
     DecodeWork work{.exists = true};
     int32 slot = item, heads = params.kv_heads;  // slot: inside the request
     const bool more = item >= first_items();
-    if (more || params.cu_seqlens_q) {
+    if (more || Request::uneven(params)) {
       const auto items_of = [&](int32 request) {
-        return more ? more_items(request)
-                    : row_blocks(DecodeRequest(params, request)) * params.kv_heads;
+        return more ? more_items(request) : row_blocks(Request(params, request)) * params.kv_heads;
       };
       slot -= more ? first_items() : 0;
-      work.exists = find_request(params.batch, items_of, work.request, slot);
+      work.exists = find_request(Request::count(params), items_of, work.request, slot);
       if (!work.exists) return work;
       work.request = warp_uniform(work.request);
       slot = warp_uniform(slot);
     } else {
-      heads = ceil_div(params.q_len * params.group, block_rows) * params.kv_heads;
+      heads = ceil_div(Request::tokens(params) * params.group, block_rows) * params.kv_heads;
       work.request = slot / heads;
       slot %= heads;
     }
-    const DecodeRequest here(params, work.request);
+    const Request here(params, work.request);
+    if constexpr (Request::may_be_nobody) {
+      work.exists = here.q_len > 0;
+      if (!work.exists) return work;
+    }
     work.q_start = warp_uniform(here.q_start);
     work.q_len = warp_uniform(here.q_len);
     work.kv_len = warp_uniform(here.kv_len);
@@ -142,7 +151,7 @@ struct DecodeSchedule {
     work.first_row = block * block_rows;
     work.rows = minimum(work.q_len * params.group - work.first_row, block_rows);
     // Requests of unequal lengths have a block more than their rows fill, at most.
-    const int32 before = params.cu_seqlens_q
+    const int32 before = Request::uneven(params)
                              ? work.q_start * params.group / block_rows + work.request
                              : work.request * blocks;
     work.place = (before + block) * params.kv_heads + work.kv_head;

@@ -15,11 +15,11 @@ DEVICE QueryRow query_row(const AttentionParams& params, const DecodeWork& work,
 
 // A row's parts: of split 0 with the first items, of the others after all of those and after the
 // others of the requests before.
-template <int32 block_rows>
-DEVICE GlobalParts parts_of(const DecodeSchedule<block_rows>& schedule, const DecodeWork& work,
-                            int32 row, int32 columns) {
+template <int32 block_rows, typename Request>
+DEVICE GlobalParts parts_of(const DecodeSchedule<block_rows, Request>& schedule,
+                            const DecodeWork& work, int32 row, int32 columns) {
   const AttentionParams& params = schedule.params;
-  const int32 blocks = schedule.row_blocks(DecodeRequest(params, work.request));
+  const int32 blocks = schedule.row_blocks(Request(params, work.request));
   const int32 second = schedule.first_items() + schedule.more_items_before(work.request) +
                        work.kv_head * blocks + work.first_row / block_rows;
   return {.out = params.partial_out,

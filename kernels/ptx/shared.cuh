@@ -8,6 +8,10 @@ DEVICE void shared_store(SharedAddress target, float value) {
   asm volatile("st.shared.f32 [%0], %1;" ::"r"(target), "f"(value) : "memory");
 }
 
+DEVICE void shared_store(SharedAddress target, uint32 value) {
+  asm volatile("st.shared.b32 [%0], %1;" ::"r"(target), "r"(value) : "memory");
+}
+
 DEVICE void shared_store_2(SharedAddress target, float first, float second) {
   asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(target), "f"(first), "f"(second)
                : "memory");

@@ -7,6 +7,10 @@ DEVICE void shared_store(SharedAddress target, float value) {
   emulator::store_shared(target, &value, 4);
 }
 
+DEVICE void shared_store(SharedAddress target, uint32 value) {
+  emulator::store_shared(target, &value, 4);
+}
+
 DEVICE void shared_store_2(SharedAddress target, float first, float second) {
   const float values[2] = {first, second};
   emulator::store_shared(target, values, 8);
