@@ -6,7 +6,7 @@ record.  Finding it is all that a call in steady state does besides allocating a
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache, partial
 from operator import itemgetter
@@ -318,10 +318,7 @@ def _optional(form: Form, given: tuple[Any, ...], stream: int | None, q: View) -
     _, _, scale, out_scale, _, sinks, skip, out, lse, _, _ = given
     threshold = None
     if skip is not None:
-        if not isinstance(skip, SkipSoftmax):
-            raise TypeError(f"skip_softmax is a {type(skip).__name__}; wanted a SkipSoftmax")
-        if not form.decodes:
-            _check.refuse_decode_only(skip.max_dropped_mass, skip.certificate)
+        _check_skip(form, skip)
         threshold = _ingest.number(skip.threshold, "skip_softmax.threshold", stream, q)
     scale = _ingest.number(scale, "scale", stream, q)
     out_scale = _ingest.number(out_scale, "out_scale", stream, q)
@@ -334,6 +331,15 @@ def _optional(form: Form, given: tuple[Any, ...], stream: int | None, q: View) -
         None if lse is None else _ingest.view(lse, "lse", stream, q, True),
     )
     return optional if any(optional) else _NONE
+
+
+def _check_skip(form: Form, skip: Any) -> None:
+    if skip is None:
+        return
+    if not isinstance(skip, SkipSoftmax):
+        raise TypeError(f"skip_softmax is a {type(skip).__name__}; wanted a SkipSoftmax")
+    if not form.decodes:
+        _check.refuse_decode_only(skip.max_dropped_mass, skip.certificate)
 
 
 def _skip_key(skip: SkipSoftmax | None) -> _SkipKey | None:
@@ -369,8 +375,27 @@ def _prepare(asked: _Asked) -> _Prepared:
     )
 
 
-def _planned(asked: _Asked, device: Device) -> tuple[Problem, Plan, bytes]:
-    """Check and plan a call; return the packed parameters behind its pointers, too."""
+def problem_of(
+    form: Form,
+    views: tuple[View, ...],
+    given: tuple[Any, ...],
+    arrays: Mapping[str, View],
+    return_lse: bool,
+    layout: str | None = None,
+) -> Problem:
+    """Check a call before there is memory to point to; `arrays` holds the views of `_Optional`.
+
+    Where `arrays` has a view, what `given` has of it counts for nothing.
+    """
+    keywords = Keywords(*given)
+    _check_skip(form, keywords.skip)
+    optional = _Optional(**arrays)
+    skip_key = _skip_key(keywords.skip)
+    return _checked(_Asked(form, views, layout, optional, keywords, skip_key, return_lse))
+
+
+def _checked(asked: _Asked) -> Problem:
+    """Check a call of a new kind."""
     form, views, layout, optional, keywords, skip_key, return_lse = asked
     _check.flag("return_lse", return_lse)
     options = _check.Options(
@@ -391,7 +416,13 @@ def _planned(asked: _Asked, device: Device) -> tuple[Problem, Plan, bytes]:
     )
     missing = (None,) * (len(form.arrays) - len(views))
     of_cache = (layout,) if form.tables in form.arrays else ()
-    problem = form.check(*views, *missing, *of_cache, options)
+    return form.check(*views, *missing, *of_cache, options)
+
+
+def _planned(asked: _Asked, device: Device) -> tuple[Problem, Plan, bytes]:
+    """Check and plan a call; return the packed parameters behind its pointers, too."""
+    form, views, layout, optional, keywords, skip_key, _ = asked
+    problem = _checked(asked)
     plan = form.plan(problem, device)
     out, lse = optional.out, optional.lse
     scale = problem.head_dim_qk**-0.5 if keywords.scale is None else keywords.scale

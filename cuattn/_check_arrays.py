@@ -76,6 +76,8 @@ def strides(name: str, view: View, *, aligned: bool = True) -> None:
 
 
 def packed(view: View) -> bool:
+    if 0 in view.shape:
+        return True
     step = 1
     for size, stride in zip(reversed(view.shape), reversed(view.strides), strict=True):
         if size > 1 and stride != step:

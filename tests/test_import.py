@@ -20,7 +20,9 @@ def fresh(code: str) -> str:
     return done.stdout.strip()
 
 
-@pytest.mark.parametrize("module", ["cuattn", "cuattn.reference", "cuattn.__main__"])
+@pytest.mark.parametrize(
+    "module", ["cuattn", "cuattn.reference", "cuattn.__main__", "cuattn.interop.distributed"]
+)
 def test_imports_neither_cupy_nor_a_framework(module: str) -> None:
     loaded = fresh(
         f"import sys, {module}; print(*sorted({{name.partition('.')[0] for name in sys.modules}}))"

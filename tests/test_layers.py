@@ -14,7 +14,9 @@ ROOT = Path(__file__).resolve().parent.parent
 KERNELS = ROOT / "kernels"
 CUDA = sorted(path for path in KERNELS.rglob("*.cu*") if path.suffix in (".cu", ".cuh"))
 PACKAGE = ROOT / "cuattn"
-PYTHON = sorted([*PACKAGE.glob("*.py"), *PACKAGE.glob("emulator/*.py")])
+PYTHON = sorted(
+    [*PACKAGE.glob("*.py"), *PACKAGE.glob("emulator/*.py"), *PACKAGE.glob("interop/*.py")]
+)
 HOST = sorted(  # the emulator's C++: its core, and the kernels' headers for a CPU
     path for path in PACKAGE.glob("emulator/**/*") if path.suffix in (".cpp", ".h", ".cuh")
 )
@@ -43,6 +45,12 @@ PYTHON_FLOORS = (
     ("_call",),
     ("prefill", "decode", "append", "merge", "mla"),
     ("__init__",),
+    ("interop",),
+    ("interop._jax_call",),
+    ("interop._jax_forms",),
+    ("interop.jax",),
+    ("interop._engines",),
+    ("interop.distributed",),
     ("_demo", "_cli_compile"),
     ("_cli_info",),
     ("_cli_check",),
@@ -75,8 +83,11 @@ CUPY_INSIDE = (
     # To allocate results, counters and room for partial results.
     *("_call", "skip_softmax", "_workspace", "_tools", "_validate", "merge"),
     *("_demo", "_workloads", "_cli_check", "_cli_info"),
+    *("interop._jax_call", "interop._engines"),
 )
-FRAMEWORKS_INSIDE = ("_demo",)
+FRAMEWORKS_INSIDE = ("_demo", "interop._engines")
+# Whoever imports one of these has asked for its framework.
+OF_A_FRAMEWORK = {"interop._jax_call": "jax"}
 LINES = 450
 
 
@@ -214,5 +225,5 @@ def test_foreign_imports_are_the_allowed_ones(path: Path) -> None:
             )
         elif package == "benchmarks":
             assert module in ("_demo", "__main__") and inside
-        else:
+        elif OF_A_FRAMEWORK.get(module) != package:
             assert module in FRAMEWORKS_INSIDE and inside, f"{name_of(path)} imports {name}"

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -121,7 +122,7 @@ def run(
     arguments = (ctypes.c_void_p * len(held))(*(ctypes.addressof(value) for value in held))
     core = _build.core()
     core.emulator_counts.restype = _Counts
-    with _build.lock:
+    with _build.lock, _usual_arithmetic():
         failed = core.emulator_launch(entry, arguments, ctypes.byref(launch))
         message = core.emulator_message().decode()
         suspicion = differing(core.emulator_suspicions().decode())
@@ -131,6 +132,19 @@ def run(
     if suspicion is not None:
         raise EmulatorError(suspicion)
     return Counts(counts.switches, counts.wavefronts - counts.matrices, counts.shared_bytes)
+
+
+@contextmanager
+def _usual_arithmetic() -> Iterator[None]:
+    """Round as C does at its start: XLA calls back with subnormal numbers flushed to zero."""
+    library = ctypes.CDLL("libm.so.6")
+    before = ctypes.create_string_buffer(64)  # room for a fenv_t
+    library.fegetenv(before)
+    library.fesetenv(ctypes.c_void_p(-1))  # FE_DFL_ENV
+    try:
+        yield
+    finally:
+        library.fesetenv(before)
 
 
 @cache
