@@ -11,23 +11,26 @@
 #   VENV=.venv   where it is.  `VENV=` (empty): none, use PYTHON as it is and install nothing; for a
 #                machine that holds the packages already and reaches no registry:
 #                    make test PYTHON=python3 VENV=
+#   WITH=…       more extras to install, e.g. WITH=torch,jax: their tests are skipped without them
 #   JOBS=2       processes for the tests
 #   ARGS=…       passed on, e.g. make test ARGS="-k causal", make bench ARGS=--help
 
 CUDA ?= 13
 PYTHON ?= python3
 VENV ?= .venv
+WITH ?=
 JOBS ?= 2
 ARGS ?=
 
-EXTRAS := cuda$(CUDA),test,plot
+comma := ,
+EXTRAS := cuda$(CUDA),test,plot$(if $(strip $(WITH)),$(comma)$(strip $(WITH)))
 
 ifeq ($(strip $(VENV)),)
   READY :=
   RUN := $(PYTHON)
   BIN := $(if $(findstring /,$(PYTHON)),$(dir $(PYTHON)))
 else
-  READY := $(VENV)/installed-cuda$(CUDA)
+  READY := $(VENV)/installed-$(subst $(comma),-,$(EXTRAS))
   RUN := $(VENV)/bin/python
   BIN := $(VENV)/bin/
 endif
@@ -59,7 +62,7 @@ format: $(READY)
 bench: $(READY)
 	$(RUN) -m cuattn bench $(ARGS)
 
-$(VENV)/installed-cuda$(CUDA): pyproject.toml
+$(VENV)/installed-$(subst $(comma),-,$(EXTRAS)): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --editable '.[$(EXTRAS)]'
 	touch $@

@@ -24,6 +24,11 @@ def latent_dim(value: Any) -> int | None:
     return None if value is None else int(value)
 
 
+def latent_of(row: int) -> int:
+    """Return the columns of a value in rows of so many columns, 0 for rows of no kind."""
+    return next((pair[0] for pair in PAIRS if sum(pair) == row), 0)
+
+
 def mla_decode(
     latent: int | None,
     q: View,
@@ -78,7 +83,7 @@ def _values(latent: int | None, q: View, kv_cache: View, ragged: bool, options: 
         _check_arrays.input_array(name, view, q)
     page_size, row = kv_cache.shape[2:]
     given = "" if latent is None else f" and latent_dim is {latent}"
-    latent = latent or next((pair[0] for pair in PAIRS if sum(pair) == row), 0)
+    latent = latent or latent_of(row)
     if (latent, row - latent) not in PAIRS:
         raise ValueError(f"kv_cache has rows of {row}{given}; wanted {_ROWS}")
     if page_size < 8 or page_size & (page_size - 1):

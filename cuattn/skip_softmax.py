@@ -69,14 +69,14 @@ class SkipStats:
         The next call may have another batch size or number of heads; it then gets other counters.
         """
         if self._counts is not None:
-            self._counts.fill(0)
+            self._counts[...] = 0
         self._used = False
 
     def counts(self, batch: int, heads: int, device: int) -> Any:
         """Return the device array ``[3, batch, heads]``, made of zeros if there is none yet."""
         place = (batch, heads, device)
         if self._counts is None or (self._place != place and not self._used):
-            self._counts = _zeros((len(PLANES), batch, heads), device)
+            self._counts = self._zeros((len(PLANES), batch, heads), device)
             self._place = place
         elif self._place != place:
             raise ValueError(
@@ -86,6 +86,15 @@ class SkipStats:
         self._used = True
         return self._counts
 
+    def _zeros(self, shape: tuple[int, ...], device: int) -> Any:
+        """Make counters on a device; on the host, where the emulator counts, a NumPy array."""
+        if device == HOST:
+            return np.zeros(shape, np.uint64)
+        import cupy
+
+        with cupy.cuda.Device(device):
+            return cupy.zeros(shape, np.uint64)
+
     def _read(self) -> np.ndarray:
         if self._counts is None:
             return np.zeros((len(PLANES), 0, 0), np.int64)
@@ -93,16 +102,6 @@ class SkipStats:
             return self._counts.astype(np.int64)
         self._counts.device.synchronize()
         return self._counts.get().astype(np.int64)
-
-
-def _zeros(shape: tuple[int, ...], device: int) -> Any:
-    """Counters on a device; on the host, where the emulator counts, a NumPy array."""
-    if device == HOST:
-        return np.zeros(shape, np.uint64)
-    import cupy
-
-    with cupy.cuda.Device(device):
-        return cupy.zeros(shape, np.uint64)
 
 
 @dataclass(frozen=True)

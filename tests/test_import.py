@@ -9,7 +9,18 @@ import pytest
 
 import cuattn
 
-HEAVY = ("cupy", "cupyx", "cuda", "torch", "jax", "jaxlib", "matplotlib", "scipy", "hypothesis")
+HEAVY = (
+    "cupy",
+    "cupyx",
+    "cuda",
+    "torch",
+    "transformers",
+    "jax",
+    "jaxlib",
+    "matplotlib",
+    "scipy",
+    "hypothesis",
+)
 SECONDS = 0.15
 
 
@@ -28,6 +39,10 @@ def test_imports_neither_cupy_nor_a_framework(module: str) -> None:
         f"import sys, {module}; print(*sorted({{name.partition('.')[0] for name in sys.modules}}))"
     )
     assert not set(loaded.split()) & set(HEAVY)
+
+
+def test_modules_for_frameworks_are_imported_when_asked_for() -> None:
+    assert fresh("import sys, cuattn; print(*[x for x in sys.modules if 'interop' in x])") == ""
 
 
 def test_costs_little_beyond_numpy() -> None:

@@ -15,7 +15,7 @@ KERNELS = ROOT / "kernels"
 CUDA = sorted(path for path in KERNELS.rglob("*.cu*") if path.suffix in (".cu", ".cuh"))
 PACKAGE = ROOT / "cuattn"
 PYTHON = sorted(
-    [*PACKAGE.glob("*.py"), *PACKAGE.glob("emulator/*.py"), *PACKAGE.glob("interop/*.py")]
+    [path for folder in ("", "emulator/", "interop/") for path in PACKAGE.glob(f"{folder}*.py")]
 )
 HOST = sorted(  # the emulator's C++: its core, and the kernels' headers for a CPU
     path for path in PACKAGE.glob("emulator/**/*") if path.suffix in (".cpp", ".h", ".cuh")
@@ -44,13 +44,16 @@ PYTHON_FLOORS = (
     ("_validate",),
     ("_call",),
     ("prefill", "decode", "append", "merge", "mla"),
-    ("__init__",),
-    ("interop",),
+    ("__init__", "interop"),
     ("interop._jax_call",),
     ("interop._jax_forms",),
     ("interop.jax",),
     ("interop._engines",),
     ("interop.distributed",),
+    ("interop._torch_operators",),
+    ("interop._torch_arguments", "interop._torch_padded"),
+    ("interop.torch",),
+    ("interop.transformers",),
     ("_demo", "_cli_compile"),
     ("_cli_info",),
     ("_cli_check",),
@@ -84,10 +87,18 @@ CUPY_INSIDE = (
     *("_call", "skip_softmax", "_workspace", "_tools", "_validate", "merge"),
     *("_demo", "_workloads", "_cli_check", "_cli_info"),
     *("interop._jax_call", "interop._engines"),
+    "interop._torch_operators",  # to make torch's stream CuPy's
 )
 FRAMEWORKS_INSIDE = ("_demo", "interop._engines")
-# Whoever imports one of these has asked for its framework.
-OF_A_FRAMEWORK = {"interop._jax_call": "jax"}
+# Modules for a framework, which import it as they are imported.
+FRAMEWORKS = {
+    "interop._jax_call": ("jax",),
+    "interop._torch_operators": ("torch",),
+    "interop._torch_arguments": ("torch",),
+    "interop._torch_padded": ("torch",),
+    "interop.torch": ("torch",),
+    "interop.transformers": ("torch", "transformers"),
+}
 LINES = 450
 
 
@@ -223,7 +234,9 @@ def test_foreign_imports_are_the_allowed_ones(path: Path) -> None:
             assert module in CUPY_INSIDE and inside, (
                 f"{name_of(path)} imports {name}; that is for functions of {CUPY_INSIDE}"
             )
+        elif package in FRAMEWORKS.get(module, ()):
+            assert not inside, f"{name_of(path)} imports {name} in a function; wanted at its top"
         elif package == "benchmarks":
             assert module in ("_demo", "__main__") and inside
-        elif OF_A_FRAMEWORK.get(module) != package:
+        else:
             assert module in FRAMEWORKS_INSIDE and inside, f"{name_of(path)} imports {name}"
