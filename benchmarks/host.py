@@ -25,7 +25,7 @@ def run(options: Options) -> list[Row]:
 
     inputs = iid(TINY, xp=cupy)
     paged = iid_paged(TINY_PAGED, xp=cupy)._replace(tables=cupy.zeros((1, MAX_PAGES), "i4"))
-    calls = _calls(inputs) | _decode_calls(paged)
+    calls = _calls(inputs) | _decode_calls(paged) | _flashinfer_calls(paged)
     rows = []
     for name, call in (calls | _steps(inputs)).items():
         if options.wants(name, tuple(calls)):
@@ -103,6 +103,29 @@ def _decode_calls(inputs: PagedInputs) -> dict[str, Callable[[], object]]:
         calls["cuattn: decode, torch, out="] = lambda: decode(*tensors, out=place)
         calls["cuattn: decode, torch, skip"] = lambda: decode(*tensors, skip_softmax=skip)
     return calls
+
+
+def _flashinfer_calls(inputs: PagedInputs) -> dict[str, Callable[[], object]]:
+    """Calls by FlashInfer's names, of decode and of MLA decode."""
+    if "torch_fa2" not in peers.available(flashinfer=False):
+        return {}
+    import torch
+
+    from cuattn.interop import flashinfer
+
+    decode = flashinfer.decode.trtllm_batch_decode_with_kv_cache
+    mla = flashinfer.mla.trtllm_batch_decode_with_kv_cache_mla
+    q, cache, tables, lengths = peers.tensors(inputs)
+    latent_q = torch.zeros(1, 1, 16, 576, dtype=q.dtype, device=q.device)
+    latent = torch.zeros(len(cache), 16, 576, dtype=q.dtype, device=q.device)
+    out = torch.empty(1, 1, 16, 512, dtype=q.dtype, device=q.device)
+    common = (latent_q, latent, None, 128, 512, 64, tables, lengths, 4096, 0)
+    return {
+        "cuattn: flashinfer, decode": lambda: decode(q, cache, None, tables, lengths, 4096, 0.125),
+        "cuattn: flashinfer, mla": lambda: mla(*common, None, 0.07),
+        "cuattn: flashinfer, mla, out=": lambda: mla(*common, out, 0.07),
+        "cuattn: flashinfer, mla, lse": lambda: mla(*common, None, 0.07, return_lse=True),
+    }
 
 
 def _steps(inputs: Inputs) -> dict[str, Callable[[], object]]:

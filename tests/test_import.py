@@ -32,7 +32,8 @@ def fresh(code: str) -> str:
 
 
 @pytest.mark.parametrize(
-    "module", ["cuattn", "cuattn.reference", "cuattn.__main__", "cuattn.interop.distributed"]
+    "module",
+    ["cuattn", "cuattn.reference", "cuattn.__main__", "cuattn.interop.distributed"],
 )
 def test_imports_neither_cupy_nor_a_framework(module: str) -> None:
     loaded = fresh(

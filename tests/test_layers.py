@@ -14,9 +14,8 @@ ROOT = Path(__file__).resolve().parent.parent
 KERNELS = ROOT / "kernels"
 CUDA = sorted(path for path in KERNELS.rglob("*.cu*") if path.suffix in (".cu", ".cuh"))
 PACKAGE = ROOT / "cuattn"
-PYTHON = sorted(
-    [path for folder in ("", "emulator/", "interop/") for path in PACKAGE.glob(f"{folder}*.py")]
-)
+FOLDERS = ("*.py", "emulator/*.py", "interop/**/*.py")
+PYTHON = sorted(path for pattern in FOLDERS for path in PACKAGE.glob(pattern))
 HOST = sorted(  # the emulator's C++: its core, and the kernels' headers for a CPU
     path for path in PACKAGE.glob("emulator/**/*") if path.suffix in (".cpp", ".h", ".cuh")
 )
@@ -50,10 +49,17 @@ PYTHON_FLOORS = (
     ("interop.jax",),
     ("interop._engines",),
     ("interop.distributed",),
+    ("interop._torch_stream",),
     ("interop._torch_operators",),
     ("interop._torch_arguments", "interop._torch_padded"),
     ("interop.torch",),
     ("interop.transformers",),
+    ("interop.flashinfer._arguments",),
+    ("interop.flashinfer._results",),
+    ("interop.flashinfer._wrapper", "interop.flashinfer.mla"),
+    ("interop.flashinfer._prefill_wrapper", "interop.flashinfer._decode_wrapper"),
+    ("interop.flashinfer.prefill", "interop.flashinfer.decode"),
+    ("interop.flashinfer",),
     ("_demo", "_cli_compile"),
     ("_cli_info",),
     ("_cli_check",),
@@ -87,17 +93,19 @@ CUPY_INSIDE = (
     *("_call", "skip_softmax", "_workspace", "_tools", "_validate", "merge"),
     *("_demo", "_workloads", "_cli_check", "_cli_info"),
     *("interop._jax_call", "interop._engines"),
-    "interop._torch_operators",  # to make torch's stream CuPy's
+    "interop._torch_stream",
 )
 FRAMEWORKS_INSIDE = ("_demo", "interop._engines")
 # Modules for a framework, which import it as they are imported.
 FRAMEWORKS = {
     "interop._jax_call": ("jax",),
+    "interop._torch_stream": ("torch",),
     "interop._torch_operators": ("torch",),
     "interop._torch_arguments": ("torch",),
     "interop._torch_padded": ("torch",),
     "interop.torch": ("torch",),
     "interop.transformers": ("torch", "transformers"),
+    "interop.flashinfer": ("torch",),  # all of the folder
 }
 LINES = 450
 
@@ -223,6 +231,21 @@ def test_python_imports_go_down(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", PYTHON, ids=name_of)
+def test_flashinfers_names_stand_on_public_functions(path: Path) -> None:
+    """They see what users see, themselves, and nothing below."""
+    module = module_of(path)
+    if not module.startswith("interop.flashinfer"):
+        return
+    public = PYTHON_FLOORS[PYTHON_FLOORS.index(("__init__", "interop")) - 1]
+    for name, _ in imports(path):
+        package, _, target = name.partition(".")
+        if package == "cuattn" and not target.startswith("interop"):
+            assert target.split(".")[0] in (*public, "skip_softmax"), (
+                f"{name_of(path)} imports {name}; wanted a module of public functions"
+            )
+
+
+@pytest.mark.parametrize("path", PYTHON, ids=name_of)
 def test_foreign_imports_are_the_allowed_ones(path: Path) -> None:
     module = module_of(path)
     for name, inside in imports(path):
@@ -234,7 +257,7 @@ def test_foreign_imports_are_the_allowed_ones(path: Path) -> None:
             assert module in CUPY_INSIDE and inside, (
                 f"{name_of(path)} imports {name}; that is for functions of {CUPY_INSIDE}"
             )
-        elif package in FRAMEWORKS.get(module, ()):
+        elif package in FRAMEWORKS.get(re.sub(r"^(interop\.flashinfer).*", r"\1", module), ()):
             assert not inside, f"{name_of(path)} imports {name} in a function; wanted at its top"
         elif package == "benchmarks":
             assert module in ("_demo", "__main__") and inside

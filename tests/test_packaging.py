@@ -80,6 +80,9 @@ def test_wheel_holds_the_kernels_once(tmp_path: Path) -> None:
     tops = {name.partition("/")[0] for name in names}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"cuattn"}
     assert "cuattn/kernels/__init__.py" not in names
+    assert {"__init__.py", "decode.py", "README.md"} <= {
+        name.removeprefix("cuattn/interop/flashinfer/") for name in names
+    }
     assert any(name.endswith("LICENSE") for name in names)
 
 

@@ -6,8 +6,7 @@ the functions to call.  A result that was not asked for is a tensor without elem
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -18,6 +17,8 @@ from torch import Tensor
 import cuattn
 from cuattn import _check_mla
 from cuattn._records import HOST
+
+from ._torch_stream import torch_stream
 
 _LIBRARY = torch.library.Library("cuattn", "DEF")  # the operators are there as long as it is
 
@@ -102,32 +103,7 @@ def _pair(q: Tensor, head_dim: int, options: Options) -> tuple[Tensor, Tensor]:
     )
 
 
-# --- on torch's current stream -------------------------------------------------------------------
-
-
-class _Stream(NamedTuple):
-    handle: int
-
-    def __cuda_stream__(self) -> tuple[int, int]:
-        return 0, self.handle
-
-
-@contextmanager
-def _current(x: Tensor) -> Iterator[None]:
-    """Make the tensor's device the current one, and torch's current stream CuPy's."""
-    if not x.is_cuda:
-        yield
-        return
-    import cupy
-
-    with torch.cuda.device(x.device):
-        handle = torch.cuda.current_stream().cuda_stream
-        if handle == cupy.cuda.get_current_stream().ptr:
-            yield
-        else:
-            with cupy.cuda.Stream.from_external(_Stream(handle)):
-                yield
-
+# --- running --------------------------------------------------------------------------------------
 
 # CuPy's memory for certificates, which the replays of a graph write to.
 _captured: list[Any] = []
@@ -141,7 +117,7 @@ def _run(
 ) -> None:
     """Call a function of cuattn with the options of an operator, into its results."""
     out, lse, *lost = results
-    with _current(out):
+    with torch_stream(out):
         returned = function(
             *arrays, **keywords, out=out, lse=lse if keywords["return_lse"] else None
         )
@@ -282,7 +258,7 @@ def _merge_states(
     outs: list[Tensor], lses: list[Tensor], out_dtype: torch.dtype | None
 ) -> tuple[Tensor, Tensor]:
     out, lse = _merge_states_shapes(outs, lses, out_dtype)
-    with _current(out):
+    with torch_stream(out):
         cuattn.merge_states(outs, lses, out=out, lse=lse, out_dtype=out_dtype)
     return out, lse
 
@@ -307,7 +283,7 @@ def _append_kv(
     ends: Tensor | None,
     layout: str,
 ) -> None:
-    with _current(k):
+    with torch_stream(k):
         cuattn.append_kv(_pages(k, v), k_new, v_new, tables, lengths, ends, layout=layout)
 
 
@@ -319,7 +295,7 @@ def _append_mla_kv(
     lengths: Tensor,
     ends: Tensor | None,
 ) -> None:
-    with _current(cache):
+    with torch_stream(cache):
         cuattn.append_mla_kv(cache, c_kv_new, k_pe_new, tables, lengths, ends)
 
 

@@ -14,7 +14,8 @@ from torch import Tensor
 
 import cuattn
 
-from ._torch_operators import OPTIONS, Options, _current, define
+from ._torch_operators import OPTIONS, Options, define
+from ._torch_stream import torch_stream
 
 CAUSAL_PIECES = 4  # keys before, queries before, the request, queries behind it
 FULL_PIECES = 2  # keys before, the request
@@ -91,7 +92,7 @@ def _prefill_padded(
         threshold_array=None if live is None else live.repeat_interleave(of_row, 0),
     )
     out = _prefill_padded_shapes(q, k, v, ends, causal, *rest)
-    with _current(q):
+    with torch_stream(q):
         cuattn.prefill_ragged(
             q.flatten(0, 1),
             keys,
