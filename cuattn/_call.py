@@ -29,7 +29,7 @@ from . import (
     _workspace,
 )
 from ._records import Device, Plan, Problem, SkipMode, View
-from .skip_softmax import SkipSoftmax
+from .skip_softmax import SkipKey, SkipSoftmax, skip_key_of
 
 _DTYPES = {
     "bfloat16": np.dtype(bfloat16),
@@ -86,6 +86,7 @@ class _Prepared(NamedTuple):
     batch: int
     q_heads: int
     partials: tuple[int, int, int] | None  # bytes
+    extents: list[tuple[int, int]]  # of all views, outputs last
 
 
 _PAGES = ("q", "kv_cache (k)", "kv_cache (v)", "block_tables", "seq_lens", "cu_seqlens_q")
@@ -111,9 +112,6 @@ def mla(latent: int | None, sparse: bool) -> Form:
     )
 
 
-_SkipKey = tuple[str, bool, float, bool, bool]  # source, unsafe, number, counted, certificate
-
-
 class _Asked(NamedTuple):
     """All of a call that is looked at when it is of a new kind."""
 
@@ -122,7 +120,7 @@ class _Asked(NamedTuple):
     layout: str | None
     optional: _Optional
     given: Keywords
-    skip_key: _SkipKey | None
+    skip_key: SkipKey | None
     return_lse: bool
 
 
@@ -174,7 +172,7 @@ def attend(
     sinks_at = scale_at = out_scale_at = thresholds_at = out_at = lse_at = counts_at = lost_at = 0
     if not (scale is out_scale is sinks is skip is out is lse is None):
         optional = _optional(form, given, stream, q)
-        skip_key = _skip_key(skip)
+        skip_key = skip_key_of(skip)
         if optional is not _NONE:
             more = tuple([view and view[8] for view in optional])
             sinks_at, scale_at, out_scale_at, thresholds_at, out_at, lse_at = [
@@ -213,12 +211,13 @@ def attend(
         _prepared[key] = prepared
     if _validate.checking:
         _validate.check_call(form.arrays, views, layout, stream)
-    launch, out_shape, dtype, lse_shape, batch, q_heads, partials = prepared
+    launch, out_shape, dtype, lse_shape, batch, q_heads, partials, extents = prepared
 
+    every = [*views, *[view for view in optional if view]] if more else views
     if out_at or lse_at:
-        named: dict[str, View | None] = dict(zip(form.arrays, views, strict=False))
-        named |= dict(zip(_Optional._fields[:4], optional[:4], strict=True))
-        _overlap.check_overlap({"out": optional.out, "lse": optional.lse}, named)
+        outputs = (out_at != 0) + (lse_at != 0)
+        if _overlap.near(every, extents, outputs):
+            _check_overlap(form, views, optional)
     if skip_key and skip_key[3]:
         counts_at = skip.stats.counts(batch, q_heads, q.device).data.ptr
     if out is None:
@@ -243,10 +242,9 @@ def attend(
         lost_at,
     )
     current = cupy.cuda.get_current_stream().ptr
-    if stream is None and not more and _launch.simple(views, current):
+    if stream is None and _launch.simple(every, current):
         launch((*places, *_room(partials, q.device, current)), current)
     else:
-        every = [*views, *[view for view in optional if view]]
         order = _launch.Order(stream, current, every)
         order.before()
         launch((*places, *_room(partials, q.device, order.stream)), order.stream)
@@ -278,14 +276,12 @@ def _emulate(
 
     settings = _settings.current()
     keywords = Keywords(*given)
-    optional, skip_key = _optional(form, given, None, views[0]), _skip_key(keywords.skip)
+    optional, skip_key = _optional(form, given, None, views[0]), skip_key_of(keywords.skip)
     asked = _Asked(form, views, layout, optional, keywords, skip_key, return_lse)
     problem, plan, rest = _planned(asked, settings.device)
     if _validate.checking:
         _validate.check_call(form.arrays, views, layout, None)
-    named: dict[str, View | None] = dict(zip(form.arrays, views, strict=False))
-    named |= dict(zip(_Optional._fields[:4], optional[:4], strict=True))
-    _overlap.check_overlap({"out": optional.out, "lse": optional.lse}, named)
+    named = _check_overlap(form, views, optional)
     results: dict[str, Any] = {}
     if keywords.skip is not None and keywords.skip.stats is not None:
         counts = keywords.skip.stats.counts(problem.batch, problem.q_heads, views[0].device)
@@ -342,23 +338,6 @@ def _check_skip(form: Form, skip: Any) -> None:
         _check.refuse_decode_only(skip.max_dropped_mass, skip.certificate)
 
 
-def _skip_key(skip: SkipSoftmax | None) -> _SkipKey | None:
-    """Return what of a skip option decides the launch; None: the dense kernel."""
-    if skip is None:
-        return None
-    counted, certificate = skip.stats is not None, skip.certificate
-    factor, bound = skip.threshold_scale_factor, skip.max_dropped_mass
-    if factor is not None:
-        if factor == 0 and not counted and not certificate:
-            return None
-        return "scale_factor", skip.unsafe, float(factor), counted, certificate
-    if bound is not None:
-        return "dropped_mass", skip.unsafe, float(bound), counted, certificate
-    if isinstance(skip.threshold, (int, float, np.number)):
-        return "threshold", skip.unsafe, float(skip.threshold), counted, certificate
-    return "thresholds", skip.unsafe, 0.0, counted, certificate
-
-
 def _prepare(asked: _Asked) -> _Prepared:
     """Check a call of a new kind, plan it, and load its kernel on the current device."""
     device = _device.describe(asked.views[0].device)
@@ -372,7 +351,18 @@ def _prepare(asked: _Asked) -> _Prepared:
         problem.batch,
         problem.q_heads,
         plan.partials if any(plan.partials) else None,
+        _overlap.extents([*asked.views, *filter(None, asked.optional)]),
     )
+
+
+def _check_overlap(
+    form: Form, views: tuple[View, ...], optional: _Optional
+) -> dict[str, View | None]:
+    """Return the inputs by name, none of which may share memory with an output."""
+    named: dict[str, View | None] = dict(zip(form.arrays, views, strict=False))
+    named |= dict(zip(_Optional._fields[:4], optional[:4], strict=True))
+    _overlap.check_overlap({"out": optional.out, "lse": optional.lse}, named)
+    return named
 
 
 def problem_of(
@@ -390,7 +380,7 @@ def problem_of(
     keywords = Keywords(*given)
     _check_skip(form, keywords.skip)
     optional = _Optional(**arrays)
-    skip_key = _skip_key(keywords.skip)
+    skip_key = skip_key_of(keywords.skip)
     return _checked(_Asked(form, views, layout, optional, keywords, skip_key, return_lse))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -26,6 +26,27 @@ def check_overlap(outputs: Mapping[str, View | None], inputs: Mapping[str, Any])
             if low < other_high and other_low < high and overlap(view, second):
                 raise ValueError(f"{name} shares memory with {other}; wanted an array of its own")
         spans.append((low, high, name, view))
+
+
+def extents(views: Sequence[View]) -> list[tuple[int, int]]:
+    """Return the bytes [low, high) that each view spans, counted from its pointer."""
+    return [_extent(view[1], view[2], view[3]) for view in views]
+
+
+def near(views: Sequence[View], reaches: Sequence[tuple[int, int]], outputs: int) -> bool:
+    """Say whether one of the last views, the outputs, lies where another of all of them does.
+
+    `reaches` are the `extents` of views like these.  A quick look before `check_overlap`.
+    """
+    spans = [
+        (view[0] + low, view[0] + high) for view, (low, high) in zip(views, reaches, strict=True)
+    ]
+    for number in range(len(spans) - outputs, len(spans)):
+        low, high = spans[number]
+        for other_low, other_high in spans[:number]:
+            if low < other_high and other_low < high:
+                return True
+    return False
 
 
 def overlap(a: View, b: View) -> bool:

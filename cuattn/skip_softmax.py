@@ -188,3 +188,23 @@ class SkipSoftmax:
                 f"threshold is {value!r}; wanted below 1, or unsafe=True, since λ ≥ 1 may drop "
                 "every tile after the first"
             )
+
+
+SkipKey = tuple[str, bool, float, bool, bool]  # source, unsafe, number, counted, certificate
+
+
+def skip_key_of(skip: SkipSoftmax | None) -> SkipKey | None:
+    """Return what of a skip option decides the launch; None: the dense kernel."""
+    if skip is None:
+        return None
+    counted, certificate = skip.stats is not None, skip.certificate
+    factor, bound = skip.threshold_scale_factor, skip.max_dropped_mass
+    if factor is not None:
+        if factor == 0 and not counted and not certificate:
+            return None
+        return "scale_factor", skip.unsafe, float(factor), counted, certificate
+    if bound is not None:
+        return "dropped_mass", skip.unsafe, float(bound), counted, certificate
+    if isinstance(skip.threshold, (int, float, np.number)):
+        return "threshold", skip.unsafe, float(skip.threshold), counted, certificate
+    return "thresholds", skip.unsafe, 0.0, counted, certificate

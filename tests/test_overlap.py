@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from views import BF16, array, real
 
 from cuattn import _overlap
-from cuattn._overlap import check_overlap, distinct, overlap
+from cuattn._overlap import check_overlap, distinct, extents, near, overlap
 from cuattn._records import View
 
 
@@ -40,6 +40,16 @@ def small_views(draw: Any) -> View:
 def test_overlap_is_what_the_bytes_say(a: View, b: View) -> None:
     assert overlap(a, b) == bool(addresses(a) & addresses(b))
     assert overlap(b, a) == overlap(a, b)
+
+
+@settings(max_examples=500, deadline=None)
+@given(st.lists(small_views(), min_size=2, max_size=4), st.integers(1, 2))
+def test_near_overlooks_nothing(views: list[View], outputs: int) -> None:
+    pairs = [(a, b) for at, b in enumerate(views) for a in views[:at] if at >= len(views) - outputs]
+    found = near(views, extents(views), outputs)
+    assert found >= any(overlap(a, b) for a, b in pairs)
+    moved = [view._replace(pointer=view.pointer + 4096 * i) for i, view in enumerate(views)]
+    assert not near(moved, extents(moved), outputs)
 
 
 @settings(max_examples=800, deadline=None)
