@@ -121,7 +121,8 @@ def _rows(shape: Mla, options: Options, watch: Stopwatch, ceiling: ceilings.Ceil
     )
     copies = case.copies(shape.cache_bytes, shape.batch)
     caches = [inputs.cache, *(inputs.cache.copy() for _ in range(copies - 1))]
-    rows = timing.measure(case, "cuattn", partial(_ours, inputs, caches), timing.capture)
+    ours = partial(_ours, inputs, caches)
+    rows = timing.measure(case, "cuattn", ours, timing.capture, kernel=_kernel(inputs))
     if options.peers and options.flashinfer and _has_peer(shape):
         make = partial(_flashinfer, shape, inputs, caches)
         rows += timing.measure(case, "flashinfer_fa3", make, decode_peers.capture)
@@ -138,6 +139,21 @@ def _call(inputs: _Inputs, cache: Any, **more: Any) -> Any:
         more["sparse_indices"] = inputs.sparse
     arrays = (inputs.q, cache, inputs.tables, inputs.lengths)
     return cuattn.mla_decode(*arrays, scale=SCALE, **more)
+
+
+def _kernel(inputs: _Inputs) -> str:
+    """The kernel that `cuattn.mla_decode` chooses for this call."""
+    from cuattn import _call, _check_tools, _device, _heuristics, _ingest
+
+    chosen = inputs.tables if inputs.sparse is None else inputs.sparse
+    q, cache, *rest = (
+        _ingest.view(x, "inputs") for x in (inputs.q, inputs.cache, chosen, inputs.lengths)
+    )
+    form = _call.mla(None, inputs.sparse is not None)
+    given = (True, -1, SCALE, None, 0.0, None, None, None, None, None, None)
+    views = (q, _check_tools.mla_cache(cache), *rest)
+    problem = _call.problem_of(form, views, given, {}, False, "HND")
+    return _heuristics.mla_decode(problem, _device.describe(q.device)).kernel
 
 
 def _ours(inputs: _Inputs, caches: list[Any]) -> list[Run]:

@@ -200,7 +200,7 @@ def test_mla_lines_and_rows(
     monkeypatch.setattr(mla, "MLA_SKIP", {})
     status, (row,) = bench("mla")
     assert status == 0
-    assert (row["impl"], row["ms"]) == ("cuattn", 1000.0)
+    assert (row["impl"], row["kernel"], row["ms"]) == ("cuattn", "mla_decode_sm90", 1000.0)
     assert row["tflops"] == pytest.approx(2 * 2 * 70 * 64 * 1088 * 1e-12)
     assert row["gbps"] == pytest.approx((2 * 70 * 1152 + 2 * 64 * 1088 * 2) * 1e-9)
     assert row["rel_error"] < 1e-2
