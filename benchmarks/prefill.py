@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+from cuattn import _call, _heuristics
 from cuattn._workloads import ExactRows, Stopwatch, exact_rows, iid, plan_of
 
 from . import ceilings, peers
@@ -65,7 +67,25 @@ def _case(
     kernel = plan_of(inputs, shape.causal).kernel
     row = _time(shape, "cuattn", kernel, all_written, exact, watch)
     _our_line(shape, row, ceiling, rows)
+    with _other_kernel():
+        other = plan_of(inputs, shape.causal).kernel
+        if other != kernel:
+            name = "cuattn (portable)" if other == "fmha_sm80" else "cuattn (Hopper)"
+            rows.append(_time(shape, name, other, all_written, exact, watch))
+            if rows[-1].ms:
+                say(f"{'':52}{name:20}{_figures(rows[-1], ceiling)}")
     return [row, *rows]
+
+
+@contextmanager
+def _other_kernel() -> Iterator[None]:
+    """Let our calls take the portable kernel where they usually take Hopper's, or the reverse."""
+    usual = _heuristics.HOPPER_PREFILL
+    _heuristics.HOPPER_PREFILL = not usual
+    _call._prepared.clear()
+    yield
+    _heuristics.HOPPER_PREFILL = usual
+    _call._prepared.clear()
 
 
 def _time(

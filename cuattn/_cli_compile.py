@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 
-from . import _compile, _device, _heuristics, _tool_params
+from . import _compile, _device, _shipped, _tool_params
 
 ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120")
 DEFAULT_ARCH = "sm_90a"  # where no GPU says otherwise
@@ -80,7 +80,7 @@ def shipped(archs: Sequence[str]) -> list[Job]:
         Job(kernel, config.define(), arch)
         for arch in archs
         for kernel, config in (
-            *_heuristics.shipped_configs(arch),
+            *_shipped.configs(arch),
             *_tool_params.shipped_configs(),
         )
     )

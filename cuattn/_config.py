@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any
 
-STAGES = 2  # tiles of K and V in flight, fmha_sm80.cu; slots of a warp, decode.cu
+STAGES = 2  # tiles of K and V in flight, fmha_sm80.cu, fmha_sm90.cu; slots of a warp, decode.cu
+GROUP_ROWS = 64  # query rows of a warp-group
 CHUNK = 64  # columns of one swizzled chunk of shared memory, tile/swizzle.cuh
 
 
@@ -34,6 +35,43 @@ class FmhaConfig:
         """Bytes of shared memory of a block: Q, and a ring of K and V tiles."""
         qk, v = _row_bytes(self.head_dim_qk), _row_bytes(self.head_dim_v)
         return self.block_q * qk + STAGES * self.block_kv * (qk + v)
+
+    def define(self) -> str:
+        """Return the designated initialisers that stand behind ``-DCUATTN_CONFIG=``."""
+        return _initialisers(self)
+
+
+@dataclass(frozen=True, slots=True)
+class FmhaHopperConfig:
+    """Configuration of Hopper's prefill kernel."""
+
+    element: str = "bfloat16"
+    output: str = "bfloat16"
+    head_dim_qk: int = 128
+    head_dim_v: int = 128
+    consumers: int = 2
+    block_kv: int = 128
+    q_in_registers: bool = True
+    paged: bool = False
+    soft_cap: bool = False
+    skip_softmax: bool = False
+
+    @property
+    def block_q(self) -> int:
+        """Query rows of an item: 64 to each warp-group that computes."""
+        return self.consumers * GROUP_ROWS
+
+    @property
+    def threads(self) -> int:
+        """Threads of a block: one warp-group more, which loads."""
+        return (self.consumers + 1) * 128
+
+    @property
+    def shared_memory(self) -> int:
+        """Bytes of a block: Q, rings of K and V tiles, items, votes and barriers."""
+        qk, v = _row_bytes(self.head_dim_qk), _row_bytes(self.head_dim_v)
+        rest = 2 * 32 + self.consumers * 2 * 16 + (4 * STAGES + 3) * 8
+        return self.block_q * qk + STAGES * self.block_kv * (qk + v) + rest
 
     def define(self) -> str:
         """Return the designated initialisers that stand behind ``-DCUATTN_CONFIG=``."""

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import lru_cache
-from itertools import product
 
 import numpy as np
 
+from . import _hopper
 from ._config import (
     CHUNK,
+    GROUP_ROWS,
     DecodeConfig,
     FmhaConfig,
     MergeSplitsConfig,
@@ -30,8 +31,6 @@ from ._records import (
 
 # Head dimensions that kernels are compiled for; others are rounded up and the rest is zeros.
 HEAD_DIMS = (32, 64, 96, 128, 192, 256)
-ELEMENTS = ("bfloat16", "float16")
-SHIPPED_HEAD_DIMS = (*((dim, dim) for dim in HEAD_DIMS), (192, 128))
 
 # Bytes of shared memory one block may use, by NVRTC target: `Device.shared_memory` there.
 SHARED_MEMORY = {
@@ -45,11 +44,23 @@ SHARED_MEMORY = {
 RESERVED = 1024  # bytes that the system takes of every block
 
 
-@lru_cache(maxsize=4096)
+# Whether Hopper's own prefill kernel is chosen where it can be.  Not yet: it has run in the
+# emulator only, and nobody knows how fast it is.
+HOPPER_PREFILL = False
+
+
 def prefill(problem: Problem, device: Device) -> Plan:
     """Choose kernel, configuration and grid of one prefill call."""
+    if HOPPER_PREFILL and device.arch == "sm_90a" and _hopper.fits(problem):
+        return hopper_prefill(problem, device)
+    return portable_prefill(problem, device)
+
+
+@lru_cache(maxsize=4096)
+def portable_prefill(problem: Problem, device: Device) -> Plan:
+    """Make the plan of a call of `fmha_sm80`."""
     head_dim_qk, head_dim_v = round_up(problem.head_dim_qk), round_up(problem.head_dim_v)
-    config, reason = _tile(
+    config, reason = portable_tile(
         head_dim_qk, head_dim_v, problem.soft_cap > 0, device.arch, device.shared_memory
     )
     config = replace(
@@ -60,12 +71,7 @@ def prefill(problem: Problem, device: Device) -> Plan:
         soft_cap=problem.soft_cap > 0,
         skip_softmax=problem.skip is not None,
     )
-    if problem.form == "batched":
-        q_blocks = -(-problem.q_len // config.block_q)
-        blocks = q_blocks * problem.q_heads * problem.batch
-    else:  # each request may end with one block that is not full
-        q_blocks = problem.q_len // config.block_q + problem.batch if problem.q_len else 0
-        blocks = q_blocks * problem.q_heads
+    q_blocks, blocks = _row_blocks(problem, config.block_q)
     return Plan(
         kernel="fmha_sm80",
         config=config,
@@ -83,7 +89,17 @@ def round_up(head_dim: int) -> int:
     return next(dim for dim in HEAD_DIMS if dim >= head_dim)
 
 
-def _tile(
+def _row_blocks(problem: Problem, block_q: int) -> tuple[int, int]:
+    """Return the blocks of rows of a head (and, batched, of a request), and of all."""
+    if problem.form == "batched":
+        q_blocks = -(-problem.q_len // block_q)
+        return q_blocks, q_blocks * problem.q_heads * problem.batch
+    # Each request may end with one block that is not full.
+    q_blocks = problem.q_len // block_q + problem.batch if problem.q_len else 0
+    return q_blocks, q_blocks * problem.q_heads
+
+
+def portable_tile(
     head_dim_qk: int, head_dim_v: int, soft_cap: bool, arch: str, shared_memory: int
 ) -> tuple[FmhaConfig, str]:
     """Return tile sizes, and the reason for them.
@@ -121,6 +137,43 @@ def _tile(
     small = replace(dims, rows_per_warp=16, block_kv=32, block_q=64)
     assert small.shared_memory <= shared_memory, f"{small} does not fit {shared_memory} bytes"
     return small, "64 rows a block: no larger tile fits the shared memory"
+
+
+# --- prefill on Hopper ----------------------------------------------------------------------------
+
+HOPPER_KERNEL = "fmha_sm90"
+HOPPER_LONG = 8192  # keys of a request
+
+
+@lru_cache(maxsize=4096)
+def hopper_prefill(problem: Problem, device: Device) -> Plan:
+    """Make the plan of a call of `fmha_sm90`: blocks stay and take items one by one."""
+    requests = max(problem.batch, 1) if problem.form == "ragged" else 1  # that share kv_len
+    long = problem.kv_len // requests >= HOPPER_LONG
+    full = not problem.causal and problem.window_left < 0
+    config = replace(
+        _hopper.tile(problem.head_dim_qk, problem.head_dim_v, device.shared_memory, full and long),
+        element=problem.q.dtype,
+        output=problem.out_dtype,
+        paged=problem.form == "paged",
+        soft_cap=problem.soft_cap > 0,
+        skip_softmax=problem.skip is not None,
+    )
+    q_blocks, items = _row_blocks(problem, config.block_q)
+    where = "registers" if config.q_in_registers else "shared memory"
+    return Plan(
+        kernel=HOPPER_KERNEL,
+        config=config,
+        q_blocks=q_blocks,
+        grid=(min(items, device.multiprocessors), 1, 1),
+        threads=config.threads,
+        shared_memory=config.shared_memory,
+        geometry=Geometry(config.block_q, config.block_kv, GROUP_ROWS),
+        reason=f"{config.consumers} warp-groups compute, Q in {where}, "
+        "one block a multiprocessor by registers",
+        items=items,
+        partials=(0, 0, 4),
+    )
 
 
 # --- decode ---------------------------------------------------------------------------------------
@@ -363,64 +416,3 @@ def mla_tile(latent: int, rope: int, rows: int, shared_memory: int) -> MlaPortab
                 deeper = (replace(config, stages=n) for n in range(MLA_STAGES, 2, -1))
                 return next((c for c in deeper if c.shared_memory <= shared_memory), config)
     raise AssertionError(f"no tile of MLA decode fits {shared_memory} bytes")
-
-
-# --- what is shipped ------------------------------------------------------------------------------
-
-
-Config = FmhaConfig | DecodeConfig | MlaConfig | MlaPortableConfig | MergeSplitsConfig
-
-
-def shipped_configs(arch: str) -> list[tuple[str, Config]]:
-    """Return the configurations that `python -m cuattn compile` makes for one target.
-
-    Compiled at first use: unequal head dimensions other than 192/128, outputs of another dtype than
-    the inputs; of decode, more than 16 rows, many short items, a soft cap with skipping, and the
-    certificate of a threshold; of MLA, that too, on Hopper pages of other than 64 tokens, and
-    elsewhere or sparse 17 to 32 rows and all but a latent part of 512 and a rope part of 64.
-    """
-    shared_memory = SHARED_MEMORY[arch]
-    prefill = [
-        replace(
-            _tile(qk, v, soft_cap, arch, shared_memory)[0],
-            element=element,
-            output=element,
-            paged=paged,
-            soft_cap=soft_cap,
-            skip_softmax=skip,
-        )
-        for (qk, v), element, paged, soft_cap, skip in product(
-            SHIPPED_HEAD_DIMS, ELEMENTS, (False, True), (False, True), (False, True)
-        )
-    ]
-    dense: dict[str, bool] = {}
-    mass_rule = {"skip_softmax": True, "masses": True, "mass_rule": True}
-    decode = [
-        replace(
-            decode_tile(qk, v, 16, WARPS, shared_memory), element=element, output=element, **kind
-        )
-        for (qk, v), element, kind in product(
-            SHIPPED_HEAD_DIMS,
-            ELEMENTS,
-            (dense, {"soft_cap": True}, {"skip_softmax": True}, mass_rule),
-        )
-    ]
-    mla: list[tuple[str, Config]] = []
-    for element in ELEMENTS if arch == "sm_90a" else ():
-        mla += [
-            (MLA_HOPPER, MlaConfig(element, element, **kind))
-            for kind in (dense, {"skip_softmax": True}, mass_rule)
-        ]
-        mla.append(("merge_splits", MergeSplitsConfig(element)))
-    portable = [
-        replace(mla_tile(512, 64, rows, shared_memory), element=x, output=x, sparse=sparse)
-        for rows, x, sparse in product(
-            (16, 64), ELEMENTS, (True,) if arch == "sm_90a" else (False, True)
-        )
-    ]
-    return [
-        *(("fmha_sm80", config) for config in prefill),
-        *(("decode", config) for config in decode),
-        *mla,
-        *((MLA_PORTABLE, config) for config in portable),
-    ]

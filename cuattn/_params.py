@@ -101,7 +101,7 @@ def pack_rest(
         *(splits.share, splits.smallest, splits.alone),
         problem.kv_heads,
         plan.items,
-        any(plan.partials),
+        any(plan.partials[:2]),
         scale,
         out_scale,
         problem.soft_cap,

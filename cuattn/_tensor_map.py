@@ -8,8 +8,8 @@ from __future__ import annotations
 import ctypes
 from typing import NamedTuple
 
-from ._config import CHUNK
-from ._records import Plan, Problem
+from ._config import CHUNK, GROUP_ROWS
+from ._records import Layout, Plan, Problem
 
 SIZE = 128  # bytes
 ALIGNMENT = 64
@@ -58,10 +58,10 @@ def encode(pointer: int, array: Map) -> bytes:
 
 def maps_of(problem: Problem, plan: Plan) -> tuple[Map, ...]:
     """Return what the tensor maps describe that stand behind the parameters of a plan's kernel."""
-    return _OF_KERNEL[plan.kernel](problem) if plan.kernel in _OF_KERNEL else ()
+    return _OF_KERNEL[plan.kernel](problem, plan) if plan.kernel in _OF_KERNEL else ()
 
 
-def _mla_cache(problem: Problem) -> tuple[Map, ...]:
+def _mla_cache(problem: Problem, _plan: Plan) -> tuple[Map, ...]:
     """Return `wide` and `one`, of an MLA cache.
 
     Axes are the columns of a chunk, the slots of a page, chunks and pages.  A box of `wide` has
@@ -78,4 +78,34 @@ def _mla_cache(problem: Problem) -> tuple[Map, ...]:
     return tuple(Map("k", sizes, strides, (CHUNK, rows, n, 1)) for n in (chunks, 1))
 
 
-_OF_KERNEL = {"mla_decode_sm90": _mla_cache}
+def _prefill(problem: Problem, plan: Plan) -> tuple[Map, ...]:
+    """Return the maps of q, k and v: axes are columns, rows, heads, requests or pages.
+
+    Boxes are 64 columns of the rows of a warp-group, of a tile's keys, or of what of a tile is of
+    one page.
+    """
+    keys = plan.config.block_kv
+    if problem.page_size:
+        keys = min(problem.page_size, keys & -keys)
+    arrays = {"q": (problem.q, GROUP_ROWS), "k": (problem.k, keys), "v": (problem.v, keys)}
+    return tuple(
+        Map(name, *_rows_of(array, problem.page_size > 0 and name != "q"), (CHUNK, rows, 1, 1))
+        for name, (array, rows) in arrays.items()
+    )
+
+
+def _rows_of(array: Layout, pages: bool) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return sizes and strides of columns, rows, heads and requests or pages."""
+    *outer, rows, heads, columns = array.shape
+    *outer_strides, row, head, _ = array.strides
+    if pages:  # [pages, heads, slots, columns]
+        rows, heads, row, head = heads, rows, head, row
+    if 0 in array.shape:  # nothing of it is read
+        return (columns, 1, 1, 1), (columns * _ITEMSIZE,) * 3
+    # Where requests lie end to end there is one, and a distance to the next that nobody goes.
+    sizes = (columns, rows, heads, *(outer or [1]))
+    strides = (row, head, *(outer_strides or [row]))
+    return sizes, tuple(step * _ITEMSIZE for step in strides)
+
+
+_OF_KERNEL = {"fmha_sm90": _prefill, "mla_decode_sm90": _mla_cache}

@@ -13,8 +13,8 @@
 #include <attention/kv_source.cuh>
 #include <attention/mask.cuh>
 #include <attention/online_softmax.cuh>
-#include <attention/output.cuh>
 #include <attention/params.cuh>
+#include <attention/prefill_rows.cuh>
 #include <attention/schedule.cuh>
 #include <attention/skip_softmax.cuh>
 #include <attention/soft_cap.cuh>
@@ -103,23 +103,9 @@ DEVICE void compute_tile(WarpState& state, const Shared& shared, const Visibilit
 DEVICE void finish(const AttentionParams& params, const WarpState& state) {
   // NOTE: looked up again: to keep it through the loop of tiles would cost registers there.
   const Work work = find_work<config.block_q>(params, recomputed(block_index()));
-  const int32 outer = params.cu_seqlens_q ? 0 : work.request;
   const int32 first_row = work.first_row + warp_index() * config.rows_per_warp;
-  const int64 lse_start = outer * params.lse_strides.outer + work.q_start * params.lse_strides.row +
-                          work.head * params.lse_strides.head;
-  const RowTarget<Output> target{
-      .out = static_cast<Output*>(params.out) + outer * params.out_strides.outer +
-             work.q_start * params.out_strides.row + work.head * params.out_strides.head,
-      .lse = params.lse ? params.lse + lse_start : nullptr,
-      .out_stride = params.out_strides.row,
-      .lse_stride = params.lse_strides.row,
-      .rows = work.q_len,
-      .columns = params.head_dim_v};
-  const Finish finish{
-      .scale = state.scale,
-      .out_scale = params.out_scale_array ? *params.out_scale_array : params.out_scale,
-      .has_sink = params.sinks != nullptr,
-      .sink = params.sinks ? params.sinks[work.head] * log2_e : 0.f};
+  const RowTarget<Output> target = target_of<Output>(params, work);
+  const Finish finish = finish_of(params, work.head, state.scale);
   write_rows(target, state.output, state.rows, finish, first_row);
   if constexpr (config.skip_softmax) {
     const Visibility visibility{work.q_len, work.kv_len, params.causal, params.window_left};

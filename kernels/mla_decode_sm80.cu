@@ -341,8 +341,8 @@ DEVICE void write_rows(const WarpState& state, const AttentionParams& params,
 }
 
 // The last split of an item's rows to arrive merges all; `parts` are those of its row 0.
-DEVICE void merge_all(const AttentionParams& params, const Shared& shared,
-                         const DecodeWork& work, const GlobalParts& parts) {
+DEVICE void merge_all(const AttentionParams& params, const Shared& shared, const DecodeWork& work,
+                      const GlobalParts& parts) {
   sync_block();  // this split's part is written
   if (thread_index() == 0) shared_store(shared.said, arrives_last(params, work) ? 1.f : 0.f);
   sync_block();  // the answer is there

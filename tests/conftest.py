@@ -26,7 +26,7 @@ from mla_cases import problem_of_mla
 from numpy.typing import NDArray
 
 import cuattn
-from cuattn import _device, _heuristics
+from cuattn import _call, _device, _heuristics
 from cuattn._records import DecodeGeometry, Device, Geometry, SkipMode
 
 Array = NDArray[Any]
@@ -286,6 +286,29 @@ def device(request: pytest.FixtureRequest) -> Iterator[Executor]:
     with cuattn.emulator.enabled(**turn) as launches:
         yield Emulated()
     assert not any(launch.bank_conflicts for launch in launches), "ldmatrix meets bank conflicts"
+
+
+def has_hopper() -> bool:
+    """Whether there is a GPU with Hopper's instructions."""
+    return missing_gpu() is None and _device.describe(_device.current()).capability == (9, 0)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    # In the emulator the tables would take minutes; `test_emulator_prefill_hopper.py` has its own.
+    if "prefill_kernel" in metafunc.fixturenames and has_hopper():
+        metafunc.parametrize("prefill_kernel", ["portable", "hopper"], indirect=True)
+
+
+@pytest.fixture
+def prefill_kernel(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[str]:
+    """Which kernel the prefill functions choose where there is a choice."""
+    kernel = getattr(request, "param", "portable")
+    monkeypatch.setattr(_heuristics, "HOPPER_PREFILL", kernel == "hopper")
+    _call._prepared.clear()
+    yield kernel
+    _call._prepared.clear()
 
 
 @pytest.fixture

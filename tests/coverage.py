@@ -48,6 +48,7 @@ def run_cases(folder: Path) -> None:
     import test_emulator_decode
     import test_emulator_mla
     import test_emulator_prefill as tests
+    import test_emulator_prefill_hopper
     import test_merge_states
     import test_mla_portable
     import test_validate
@@ -63,7 +64,12 @@ def run_cases(folder: Path) -> None:
         with emulator.enabled():
             function = getattr(cuattn, call.function)
             function(*call.arrays, **call.options, skip_softmax=skip, return_lse=True)
-    modules = (test_emulator_decode, test_emulator_mla, test_mla_portable)
+    modules = (
+        test_emulator_decode,
+        test_emulator_mla,
+        test_emulator_prefill_hopper,
+        test_mla_portable,
+    )
     for module in (*modules, test_append_kv, test_merge_states, test_validate):
         module.run_races()
 

@@ -20,8 +20,8 @@ ROOT = Path(__file__).resolve().parent.parent
 @pytest.fixture
 def one_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Ship one configuration and return an empty cache."""
-    shipped = _cli_compile._heuristics.shipped_configs("sm_90a")[:1]
-    monkeypatch.setattr(_cli_compile._heuristics, "shipped_configs", lambda arch: shipped)
+    shipped = _cli_compile._shipped.configs("sm_90a")[:1]
+    monkeypatch.setattr(_cli_compile._shipped, "configs", lambda arch: shipped)
     monkeypatch.setattr(_cli_compile._tool_params, "shipped_configs", list)
     monkeypatch.setenv("CUATTN_CACHE_DIR", str(tmp_path / "cache"))
     return tmp_path / "cache"

@@ -15,8 +15,9 @@ import pytest
 
 pytest.importorskip("cupy")
 
-from cuattn import _cli_compile, _compile, _sources
+from cuattn import _cli_compile, _compile, _shipped, _sources
 from cuattn._cli_compile import Job
+from cuattn._config import FmhaHopperConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -96,6 +97,24 @@ def test_shipped_configuration_compiles_without_spills(job: Job) -> None:
     assert not compiled.notes, compiled.log
     assert 0 < compiled.registers <= 255
     assert elf_end(compiled.cubin) == len(compiled.cubin)
+
+
+# Each tile of Hopper's prefill kernel once; with every option where head dims are usual.
+HOPPER = [
+    config
+    for config in _shipped.hopper()
+    if config.element == "bfloat16"
+    and (config.paged, config.soft_cap, config.skip_softmax)
+    in ((False,) * 3, *([(True,) * 3] if config.head_dim_qk == 128 else []))
+]
+
+
+@pytest.mark.parametrize("config", HOPPER, ids=lambda config: config.define())
+def test_hopper_prefill_compiles_without_spills(config: FmhaHopperConfig) -> None:
+    """168 registers at launch are 40 for the loader and 232 for each thread that computes."""
+    compiled = _compile.load("fmha_sm90", config.define(), "sm_90a").compiled
+    assert compiled.spills == 0 and not compiled.notes, compiled.log
+    assert compiled.registers == (168 if config.consumers == 2 else 128)
 
 
 def test_every_kernel_file_is_shipped_for_some_architecture() -> None:

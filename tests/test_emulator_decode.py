@@ -19,7 +19,7 @@ from skip_checks import check_against_replay
 from test_emulator_prefill import ORDERS, card
 
 import cuattn
-from cuattn import _device, _heuristics, emulator
+from cuattn import _device, _heuristics, _shipped, emulator
 from cuattn._records import Device
 
 pytestmark = [pytest.mark.emulator, pytest.mark.usefixtures("short_lines")]
@@ -161,7 +161,7 @@ def tiles() -> list[Any]:
     """One parameter for each geometry that an architecture and head dimensions lead to."""
     found: dict[Any, Any] = {}
     for arch in sorted(_heuristics.SHARED_MEMORY):
-        for qk, v in _heuristics.SHIPPED_HEAD_DIMS:
+        for qk, v in _shipped.HEAD_DIMS:
             for q_heads in (4, 17):  # rows of one tile, and of two
                 case = DecodeCase(d_qk=qk, d_v=v, pair=qk != v, q_heads=q_heads, kv_heads=1)
                 plan = _heuristics.decode(problem_of_decode(decode_call(case)), card(arch))

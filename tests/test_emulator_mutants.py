@@ -42,6 +42,7 @@ WITHOUT = {"append_kv.cu", "merge_splits.cu", "merge_states.cu", "validate.cu"}
 LATER = {
     *("mla_decode_sm90.cu", "attention/mla_item.cuh", "attention/mla_rows.cuh"),
     "mla_decode_sm80.cu",
+    *("fmha_sm90.cu", "attention/prefill_loader.cuh", "attention/prefill_shared.cuh"),
 }
 
 CALL = batched(Case(lengths=((100, 170),), q_heads=2, kv_heads=1))

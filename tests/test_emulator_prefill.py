@@ -15,7 +15,7 @@ from cases import RAGGED, USUAL, Call, Case, batched, numpy_skip, paged, problem
 from compare import assert_close
 
 import cuattn
-from cuattn import _device, _heuristics, emulator
+from cuattn import _device, _heuristics, _shipped, emulator
 from cuattn._records import Device, SkipMode
 
 pytestmark = pytest.mark.emulator
@@ -112,7 +112,7 @@ def tiles() -> list[Any]:
     """One parameter for each different configuration that the architectures lead to."""
     found: dict[Any, Any] = {}
     for arch in sorted(_heuristics.SHARED_MEMORY):
-        for dims in _heuristics.SHIPPED_HEAD_DIMS:
+        for dims in _shipped.HEAD_DIMS:
             case = Case(lengths=((70, 140),), d_qk=dims[0], d_v=dims[1], q_heads=2, kv_heads=1)
             plan = _heuristics.prefill(problem_of(batched(case)), card(arch))
             found.setdefault(plan.config, pytest.param(arch, case, id=f"{arch}-{case}"))

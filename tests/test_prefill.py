@@ -22,6 +22,8 @@ from cases import (
 )
 from compare import NAN_BITS, assert_same_bits, bits
 
+pytestmark = pytest.mark.usefixtures("prefill_kernel")
+
 BUILDERS = [batched, ragged, paged]
 
 

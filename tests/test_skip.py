@@ -32,6 +32,8 @@ from cuattn._records import Geometry
 
 Array = NDArray[Any]
 
+pytestmark = pytest.mark.usefixtures("prefill_kernel")
+
 SHORT = replace(SKIP_CASES[0], lengths=((200, 1500),) * 2)
 
 
@@ -125,10 +127,10 @@ def test_a_scale_factor_is_divided_by_each_length(device: Any, build: Any) -> No
     """λ = factor / kv_len, so a short request is cut more; λ of 1 or more does not skip."""
     import cuattn
 
-    call = build(replace(SHORT, lengths=((200, 400), (100, 700), (50, 64), (20, 0))))
+    call = build(replace(SHORT, lengths=((200, 500), (100, 900), (50, 64), (20, 0))))
     geometry = device.geometry(call)
     votes = call.votes(geometry)
-    factor = 700 * threshold_for(votes.statistics, 0.25)
+    factor = 900 * threshold_for(votes.statistics, 0.25)
     for nudge in np.linspace(1, 1.3, 40):  # to a factor that suits every length
         skip = numpy_skip(threshold_scale_factor=float(nudge * factor))
         expected = call.reference(geometry=geometry, skip_softmax=skip)
@@ -139,7 +141,7 @@ def test_a_scale_factor_is_divided_by_each_length(device: Any, build: Any) -> No
     ).sum(axis=1)
     assert skipped[0] > 0 and skipped[1] > 0
     stats = cuattn.SkipStats()
-    everything = cuattn.SkipSoftmax(threshold_scale_factor=500.0, stats=stats)
+    everything = cuattn.SkipSoftmax(threshold_scale_factor=600.0, stats=stats)
     device.run(call, skip_softmax=everything)
     seen = counts(stats)
     assert (seen["ineligible"][[0, 2]] == seen["visited"][[0, 2]]).all()

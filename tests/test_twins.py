@@ -26,10 +26,11 @@ from cases import (
 )
 from decode_cases import DECODE, SKIP_DECODE, DecodeCase, decode_call, problem_of_decode
 
-from cuattn import _compile, _heuristics, _params, _sources, _tensor_map, emulator
+from cuattn import _compile, _heuristics, _params, _shipped, _sources, _tensor_map, emulator
 from cuattn._config import (
     DecodeConfig,
     FmhaConfig,
+    FmhaHopperConfig,
     MergeSplitsConfig,
     MlaConfig,
     MlaPortableConfig,
@@ -171,10 +172,17 @@ def test_every_number_is_packed_in_its_place() -> None:
     }
 
 
-CONFIGS = (FmhaConfig, DecodeConfig, MlaConfig, MlaPortableConfig, MergeSplitsConfig)
+CONFIGS = (
+    FmhaConfig,
+    FmhaHopperConfig,
+    DecodeConfig,
+    MlaConfig,
+    MlaPortableConfig,
+    MergeSplitsConfig,
+)
 
 
-def field_checks(name: str, config: _heuristics.Config) -> list[str]:
+def field_checks(name: str, config: _shipped.Config) -> list[str]:
     """`static_assert` conditions that each field has the value of the Python record."""
     literals = dict(part.split("=") for part in config.define().split(", "))
     return [f"{name}{field} == {value}" for field, value in literals.items()]
@@ -215,6 +223,34 @@ def test_shared_memory_is_what_the_kernel_carves(head_dim_qk: int, head_dim_v: i
         [f"{carved} == {plan.shared_memory}"],
         config=plan.config.define(),
         head=_sources.read()["fmha_sm80.cu"],
+    )
+
+
+@pytest.mark.parametrize("dims", [(64, 64), (192, 128), (72, 256)])
+def test_shared_memory_and_maps_of_hopper_prefill(dims: tuple[int, int]) -> None:
+    """The carver's parts are multiples of what they are aligned to; three maps end the struct."""
+    problem = problem_of(batched(BATCHED[0]))
+    plan = _heuristics.hopper_prefill(
+        replace(problem, head_dim_qk=dims[0], head_dim_v=dims[1]), H200
+    )
+    q = "config.consumers * Shared::QTile::bytes"
+    tiles = f"{q} + stages * (Shared::KTile::bytes + Shared::VTile::bytes)"
+    rest = "2 * 32 + config.consumers * 2 * 16 + (4 * stages + 3) * 8"
+    place = "__INTADDR__(&((FmhaHopperParams*)0)->{})"
+    maps = [_params.SIZE + i * _tensor_map.SIZE for i in range(4)]
+    compile_asserts(
+        [
+            f"{q} % 1024 == 0",
+            f"{tiles} + {rest} == {plan.shared_memory}",
+            f"config.threads() == {plan.threads}",
+            f"config.block_q() == {plan.geometry.block_q}",
+            f"group_rows == {plan.geometry.rows_per_vote}",
+            *(f"{place.format(n)} == {at}" for n, at in zip("qkv", maps, strict=False)),
+            f"sizeof(FmhaHopperParams) == {maps[3]}",
+        ],
+        config=plan.config.define(),
+        head=_sources.read()["fmha_sm90.cu"],
+        arch="sm_90a",
     )
 
 

@@ -19,6 +19,23 @@ struct FmhaConfig {
   DEVICE constexpr int32 threads() const { return block_q / rows_per_warp * 32; }
 };
 
+// Prefill on Hopper.  One block: a warp-group that loads, and `consumers` of 64 query rows each.
+struct FmhaHopperConfig {
+  Dtype element = Dtype::bfloat16;
+  Dtype output = Dtype::bfloat16;
+  int32 head_dim_qk = 128;
+  int32 head_dim_v = 128;
+  int32 consumers = 2;
+  int32 block_kv = 128;
+  bool q_in_registers = true;
+  bool paged = false;
+  bool soft_cap = false;
+  bool skip_softmax = false;
+
+  DEVICE constexpr int32 block_q() const { return consumers * 64; }
+  DEVICE constexpr int32 threads() const { return (consumers + 1) * 128; }
+};
+
 // Paged decode.  One block: `rows` query rows of one kv head, whose tiles of `block_kv` keys the
 // warps share out.
 struct DecodeConfig {

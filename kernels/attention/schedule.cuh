@@ -45,13 +45,13 @@ DEVICE bool find_request(int32 batch, const BlocksOf& blocks_of, int32& request,
   return false;
 }
 
+// Block of rows `slot`, the last rows first, of head `head` of all requests' heads or, where
+// requests lie end to end, of one's.
 template <int32 block_q>
-DEVICE Work find_work(const AttentionParams& params, uint32 block) {
-  const int32 rest = block / params.q_blocks;
-  int32 slot = block % params.q_blocks;
+DEVICE Work work_of(const AttentionParams& params, int32 slot, int32 head) {
   Work work{};
-  work.head = rest % params.q_heads;
-  work.request = rest / params.q_heads;
+  work.head = head % params.q_heads;
+  work.request = head / params.q_heads;
   work.q_len = params.q_len;
   work.kv_len = params.kv_len;
   work.exists = true;
@@ -84,6 +84,38 @@ DEVICE Work find_work(const AttentionParams& params, uint32 block) {
   work.first_row = (ceil_div(work.q_len, block_q) - 1 - slot) * block_q;
   return work;
 }
+
+template <int32 block_q>
+DEVICE Work find_work(const AttentionParams& params, uint32 block) {
+  return work_of<block_q>(params, block % params.q_blocks, block / params.q_blocks);
+}
+
+// The order of items that blocks take one by one: the longest first, so that the last ones are
+// short; but only in sections of heads whose keys and values fit the L2 together, and in these the
+// heads take turns.
+template <int32 block_q>
+struct ItemOrder {
+  static constexpr int32 section_kib = 32 << 10;
+
+  const AttentionParams& params;
+  int32 heads, section;  // in all, in one
+
+  DEVICE ItemOrder(const AttentionParams& params) : params(params) {
+    const bool ragged = params.cu_seqlens_q;
+    heads = ragged ? params.q_heads : params.q_heads * params.batch;
+    const int32 tokens = params.cu_seqlens_kv ? params.kv_len / params.batch : params.kv_len;
+    const int32 kib = tokens / 512 * (params.head_dim_qk + params.head_dim_v);
+    section = minimum(section_kib / maximum(kib, 1), heads) * params.group;
+    section = minimum(maximum(section, params.group), heads);
+  }
+
+  DEVICE Work find(int32 item) const {
+    const int32 first_head = item / (section * params.q_blocks) * section;
+    const int32 rest = item - first_head * params.q_blocks;
+    const int32 width = minimum(section, heads - first_head);
+    return work_of<block_q>(params, rest / width, first_head + rest % width);
+  }
+};
 
 // Tiles of keys in order: the first, where attention sinks are, then from the last one down,
 // because near keys tend to have the largest scores.  Early large maxima let skip-softmax leave out

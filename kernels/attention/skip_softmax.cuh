@@ -33,18 +33,25 @@ struct SkipRule {
       : threshold(lambda > 0.f ? log2_approximate(lambda) * reciprocal_approximate(scale)
                                : -infinity()) {}
 
-  // Whether all rows agree to leave the tile out.  Rows that see no key of it (−∞) do not object;
-  // −∞ − −∞ is not a number, which is not ≥ anything.
+  // Whether this lane's rows agree to leave the tile out.  Rows that see no key of it (−∞) do not
+  // object; −∞ − −∞ is not a number, which is not ≥ anything.
   template <int32 row_tiles>
-  DEVICE bool vote(const float (&tile_maxima)[row_tiles][2],
-                   const float (&running_maxima)[row_tiles][2]) {
+  DEVICE bool willing(const float (&tile_maxima)[row_tiles][2],
+                      const float (&running_maxima)[row_tiles][2]) const {
     bool willing = true;
 #pragma unroll
     for (int32 r = 0; r < row_tiles; ++r)
 #pragma unroll
       for (int32 half = 0; half < 2; ++half)
         willing &= !(tile_maxima[r][half] - running_maxima[r][half] >= threshold);
-    const bool skip = warp_all(willing);
+    return willing;
+  }
+
+  // Whether all rows of the warp do.
+  template <int32 row_tiles>
+  DEVICE bool vote(const float (&tile_maxima)[row_tiles][2],
+                   const float (&running_maxima)[row_tiles][2]) {
+    const bool skip = warp_all(willing(tile_maxima, running_maxima));
     skipped += skip;
     return skip;
   }

@@ -5,7 +5,7 @@
 // Between a product and its wait neither D nor A's registers may be touched.  Warp w of the group
 // has rows 16·w …; a thread's d[4·i …] are columns 8·i + 2·(lane % 4) and the next of rows lane / 4
 // and lane / 4 + 8.  The depth is 32 bytes: 16 elements of bf16 and fp16, 32 of e4m3.  D's size
-// chooses the instruction: 64, 96, 128, 192 or 256 columns.
+// chooses the instruction: 64, 80, 96, 128, 192 or 256 columns.
 #pragma once
 
 #include <core/device.cuh>
@@ -20,6 +20,14 @@ DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" :::
 template <int32 pending>
 DEVICE void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(pending) : "memory");
+}
+
+// The same; what is done with `d` afterwards stays behind the wait.
+template <int32 pending, int32 registers>
+DEVICE void wgmma_wait(float (&d)[registers]) {
+  wgmma_wait<pending>();
+#pragma unroll
+  for (int32 i = 0; i < registers; ++i) asm volatile("" : "+f"(d[i])::"memory");
 }
 
 // How an operand lies in shared memory: rows of the depth, or rows of m or n.
@@ -72,6 +80,25 @@ DEVICE void wgmma_shared(float (&d)[32], uint64 a, uint64 b, bool accumulate) {
         "+f"(d[14]), "+f"(d[15]), "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]),
         "+f"(d[21]), "+f"(d[22]), "+f"(d[23]), "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]),
         "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31])
+      : "l"(a), "l"(b), "r"(int32(accumulate)), "C"(wgmma_name<T>::text),
+        "C"(wgmma_major<T, a_major>::text), "C"(wgmma_major<T, b_major>::text));
+}
+
+template <typename T, Major a_major, Major b_major>
+DEVICE void wgmma_shared(float (&d)[40], uint64 a, uint64 b, bool accumulate) {
+  asm volatile(
+      "{ .reg .pred p; setp.ne.b32 p, %42, 0; "
+      "wgmma.mma_async.sync.aligned.m64n80%43 "
+      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, "
+      "%18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, "
+      "%34, %35, %36, %37, %38, %39}, "
+      "%40, %41, p, 1, 1%44%45; }"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]),
+        "+f"(d[7]), "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]),
+        "+f"(d[14]), "+f"(d[15]), "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]),
+        "+f"(d[21]), "+f"(d[22]), "+f"(d[23]), "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]),
+        "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31]), "+f"(d[32]), "+f"(d[33]), "+f"(d[34]),
+        "+f"(d[35]), "+f"(d[36]), "+f"(d[37]), "+f"(d[38]), "+f"(d[39])
       : "l"(a), "l"(b), "r"(int32(accumulate)), "C"(wgmma_name<T>::text),
         "C"(wgmma_major<T, a_major>::text), "C"(wgmma_major<T, b_major>::text));
 }
@@ -203,6 +230,25 @@ DEVICE void wgmma_registers(float (&d)[32], const uint32 (&a)[4], uint64 b, bool
         "+f"(d[14]), "+f"(d[15]), "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]),
         "+f"(d[21]), "+f"(d[22]), "+f"(d[23]), "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]),
         "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int32(accumulate)),
+        "C"(wgmma_name<T>::text), "C"(wgmma_major<T, b_major>::text));
+}
+
+template <typename T, Major b_major>
+DEVICE void wgmma_registers(float (&d)[40], const uint32 (&a)[4], uint64 b, bool accumulate) {
+  asm volatile(
+      "{ .reg .pred p; setp.ne.b32 p, %45, 0; "
+      "wgmma.mma_async.sync.aligned.m64n80%46 "
+      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, "
+      "%18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, "
+      "%34, %35, %36, %37, %38, %39}, "
+      "{%40, %41, %42, %43}, %44, p, 1, 1%47; }"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]),
+        "+f"(d[7]), "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]),
+        "+f"(d[14]), "+f"(d[15]), "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]),
+        "+f"(d[21]), "+f"(d[22]), "+f"(d[23]), "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]),
+        "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31]), "+f"(d[32]), "+f"(d[33]), "+f"(d[34]),
+        "+f"(d[35]), "+f"(d[36]), "+f"(d[37]), "+f"(d[38]), "+f"(d[39])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int32(accumulate)),
         "C"(wgmma_name<T>::text), "C"(wgmma_major<T, b_major>::text));
 }

@@ -181,7 +181,7 @@ def _layouts() -> list[Case]:
 
 def _widths() -> list[Case]:
     cases = []
-    for columns in (96, 128, 192, 256):
+    for columns in (80, 96, 128, 192, 256):
         cases += [
             _case("bf16", 128, "depth", "depth", columns, accumulate=False),
             _case("fp16", 64, "depth", None, columns),

@@ -12,6 +12,11 @@ DEVICE void wgmma_wait() {
   emulator::wgmma_wait(pending);
 }
 
+template <int32 pending, int32 registers>
+DEVICE void wgmma_wait(float (&)[registers]) {
+  emulator::wgmma_wait(pending);
+}
+
 enum class Major { depth, width };
 
 template <typename T>
@@ -25,8 +30,8 @@ constexpr emulator::Operand wgmma_operand<e4m3> = emulator::Operand::e4m3;
 template <typename T, int32 half_columns, Major... majors>
 constexpr void check_wgmma() {
   constexpr int32 columns = 2 * half_columns;
-  static_assert(columns == 64 || columns == 96 || columns == 128 || columns == 192 ||
-                columns == 256);
+  static_assert(columns == 64 || columns == 80 || columns == 96 || columns == 128 ||
+                columns == 192 || columns == 256);
   static_assert(sizeof(T) == 2 || ((majors == Major::depth) && ...));
 }
 
