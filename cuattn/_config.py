@@ -120,6 +120,7 @@ class MergeSplitsConfig:
     output: str = "bfloat16"
     rows: int = 64
     columns: int = 512
+    sparse: bool = False
 
     @property
     def threads(self) -> int:
@@ -138,6 +139,7 @@ class MlaConfig:
     element: str = "bfloat16"
     output: str = "bfloat16"
     page_size: int = 64
+    sparse: bool = False
     skip_softmax: bool = False
     masses: bool = False
     mass_rule: bool = False
@@ -150,7 +152,7 @@ class MlaConfig:
     @property
     def shared_memory(self) -> int:
         """Bytes of a block: three tiles of latent columns, Q's and K's last ones, P, and rows."""
-        return 231_936
+        return 232_032
 
     def define(self) -> str:
         """Return the designated initialisers that stand behind ``-DCUATTN_CONFIG=``."""

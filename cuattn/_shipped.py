@@ -49,8 +49,9 @@ def configs(arch: str) -> list[tuple[str, Config]]:
 
     Compiled at first use: unequal head dimensions other than 192/128, outputs of another dtype than
     the inputs; of decode, more than 16 rows, many short items, a soft cap with skipping, and the
-    certificate of a threshold; of MLA, that too, on Hopper pages of other than 64 tokens, and
-    elsewhere or sparse 17 to 32 rows and all but a latent part of 512 and a rope part of 64.
+    certificate of a threshold; of MLA, that too, on Hopper pages of other than 64 tokens and
+    skipping in lists, and elsewhere or sparse 17 to 32 rows and all but a latent part of 512 and a
+    rope part of 64.
     """
     shared_memory = _heuristics.SHARED_MEMORY[arch]
     prefill = [
@@ -88,16 +89,15 @@ def configs(arch: str) -> list[tuple[str, Config]]:
     for element in ELEMENTS if arch == "sm_90a" else ():
         mla += [
             (_heuristics.MLA_HOPPER, MlaConfig(element, element, **kind))
-            for kind in (dense, {"skip_softmax": True}, mass_rule)
+            for kind in (dense, {"skip_softmax": True}, mass_rule, {"sparse": True})
         ]
-        mla.append(("merge_splits", MergeSplitsConfig(element)))
+        mla += [("merge_splits", MergeSplitsConfig(element, sparse=x)) for x in (False, True)]
     portable = [
         replace(
             _heuristics.mla_tile(512, 64, rows, shared_memory), element=x, output=x, sparse=sparse
         )
-        for rows, x, sparse in product(
-            (16, 64), ELEMENTS, (True,) if arch == "sm_90a" else (False, True)
-        )
+        for rows, x, sparse in product((16, 64), ELEMENTS, (False, True))
+        if arch != "sm_90a" or (sparse and rows == 16)
     ]
     return [
         *(("fmha_sm80", config) for config in prefill),

@@ -103,8 +103,8 @@ def mla_decode(
     -----
     Results are the same to the bit from run to run and for every width of `block_tables`.
 
-    On Hopper, rows of 512 + 64 columns in pages of 16 to 128 tokens have a kernel of their own,
-    without `sparse_indices`; all else runs the portable one.
+    On Hopper, rows of 512 + 64 columns have a kernel of their own, in pages of 16 to 128 tokens or,
+    with `sparse_indices`, for more than 32 heads; all else runs the portable one.
 
     References
     ----------

@@ -8,6 +8,7 @@
 #include <attention/decode_work.cuh>
 #include <attention/partial.cuh>
 #include <attention/row_result.cuh>
+#include <attention/sparse_token.cuh>
 #include <attention/split_parts.cuh>
 
 constexpr MergeSplitsConfig config{CUATTN_CONFIG};
@@ -16,13 +17,15 @@ constexpr int32 warp_columns = 128, parts_at_once = 16;
 
 KERNEL void __launch_bounds__(config.threads())
     merge_splits(const __grid_constant__ AttentionParams params) {
-  const DecodeSchedule<config.rows> schedule(params);
-  const int32 rows = minimum(config.rows, params.q_len * params.group);  // of a block, at most
+  const DecodeSchedule<config.rows, RequestKind<config.sparse>::Type> schedule(params);
+  const int32 tokens = config.sparse ? 1 : params.q_len;
+  const int32 rows = minimum(config.rows, tokens * params.group);  // of a block, at most
   const int32 row = block_index() % rows, first_column = warp_index() * warp_columns;
   const DecodeWork work = schedule.find(block_index() / rows);
   if (!work.exists || work.splits == 1 || row >= work.rows) return;
   GlobalParts parts = parts_of(schedule, work, row, config.columns);
   parts.out += first_column;
   const auto merged = merge_row<warp_columns, parts_at_once>(parts, work.splits);
-  write_row<Element<config.output>>(params, query_row(params, work, row), merged, first_column);
+  write_row<Element<config.output>>(params, row_of<config.sparse>(params, work, row), merged,
+                                    first_column);
 }

@@ -47,19 +47,10 @@ using QTile = Shape::QTile;
 using KvTile = Shape::KvTile;
 using PTile = Shape::PTile;
 
-template <bool sparse>
-struct RequestKind {
-  using Type = DecodeRequest;
-};
-template <>
-struct RequestKind<true> {
-  using Type = SparseToken;
-};
 using Schedule = DecodeSchedule<config.rows, RequestKind<config.sparse>::Type>;
 
 DEVICE QueryRow row_of(const AttentionParams& params, const DecodeWork& work, int32 row) {
-  if constexpr (config.sparse) return SparseToken::row(params, work.request, work.first_row + row);
-  return query_row(params, work, row);
+  return row_of<config.sparse>(params, work, row);
 }
 
 // What one warp carries from tile to tile.

@@ -2,28 +2,31 @@
 // and rope, V their latent 512 columns; one KV head for all query heads.
 //
 // Work:    an item is 64 rows of one request (query heads × tokens) and one split of its keys
-//          (decode_work.cuh), whose tiles of 64 keys mla_item.cuh deals.
+//          (decode_work.cuh), whose tiles of 64 keys mla_item.cuh deals; with chosen keys, of one
+//          token and its list (sparse_token.cuh).
 // Roles:   three warp-groups.
 //            scores   Q in registers but for its last two chunks.  Q Kᵀ of tile i + 1 runs while P
 //                     of tile i is stored; then softmax of i + 1
 //            left     O columns 0 … 255, P V; its first thread loads tiles
 //            right    O columns 256 … 511
+//          Chosen keys are gathered by all threads of left and right (mla_gather.cuh).
 // Memory:  a tile's latent part is K and V at once: it is loaded once, into one of three stages,
-// and
 //          freed by both P V; its rope part has one place, free as soon as Q Kᵀ is done; one P.
 // Waits:   full: a tile is there │ empty: both P V are done with it │ rope_full, rope_free
 //          p_ready: P and what O shrinks by │ p_free: both P V are done with them
-// Skips:   the scores' warps vote on a tile together (mla_rows.cuh).  One that is left out has no
-// P:
-//          both P V are told so in its turn, and only free its stage.
+// Skips:   the scores' warps vote on a tile together (mla_rows.cuh).  One that is left out has
+//          no P: both P V are told so in its turn, and only free its stage.
 // Result:  as in decode: O and LSE, or a part that the last split to arrive merges.
 #include <attention/config.cuh>
 #include <attention/decode_item.cuh>
 #include <attention/decode_work.cuh>
+#include <attention/mla_gather.cuh>
 #include <attention/mla_item.cuh>
+#include <attention/mla_pages.cuh>
 #include <attention/mla_rows.cuh>
 #include <attention/online_softmax.cuh>
 #include <attention/row_result.cuh>
+#include <attention/sparse_token.cuh>
 #include <ptx/convert.cuh>
 #include <ptx/cp_async.cuh>
 #include <ptx/ldmatrix.cuh>
@@ -41,54 +44,19 @@
 constexpr MlaConfig config{CUATTN_CONFIG};
 using Input = Element<config.element>;
 using Output = Element<config.output>;
+using Schedule = DecodeSchedule<block_rows, RequestKind<config.sparse>::Type>;
 
-struct MlaParams {
-  AttentionParams attention;
-  TensorMap wide, one;  // of the cache: boxes of 64 columns, four chunks (of large pages) and one
-};
+DEVICE QueryRow row_of(const AttentionParams& params, const DecodeWork& work, int32 row) {
+  return row_of<config.sparse>(params, work, row);
+}
 
-constexpr int32 page_rows = minimum(config.page_size, tile_keys);
+// The parts of this item's row 0.
+DEVICE GlobalParts parts_of(const AttentionParams& params, const DecodeWork& work) {
+  return work.splits == 1 ? GlobalParts{} : parts_of(Schedule(params), work, 0, latent);
+}
+
 // All warp-groups, wherever each is in its code.
 DEVICE void meet() { named_barrier_sync<2, config.threads()>(); }
-
-// --- Loads, by one thread.
-
-// The page of a key; −1, which reads as zeros, past the request's keys and outside of the cache.
-DEVICE int32 page_of(const AttentionParams& params, const Item& item, int32 key) {
-  if (key >= item.work.kv_len) return -1;
-  const int32* table = params.block_tables + item.work.request * params.block_table_stride;
-  const int32 page = table[key >> params.page_shift];
-  return uint32(page) < uint32(params.pages) ? page : -1;
-}
-
-DEVICE void load_latent(const MlaParams& params, const Shared& shared, const Item& item,
-                        int32 step) {
-  const SharedAddress target = shared.kv + step % stages * stage_bytes;
-  const SharedAddress full = shared.full + step % stages * 8;
-  mbarrier_arrive_expect(full, stage_bytes);
-  for (int32 row = 0; row < tile_keys; row += page_rows) {
-    const int32 key = item.first_key(step) + row, slot = key & (config.page_size - 1);
-    const int32 page = page_of(params.attention, item, key);
-    if constexpr (page_rows == tile_keys) {
-      tma_load(target, params.wide, {0, slot, 0, page}, full);
-      tma_load(target + 4 * chunk_bytes, params.wide, {0, slot, 4, page}, full);
-    } else {
-      for (int32 chunk = 0; chunk < latent_chunks; ++chunk)
-        tma_load(target + chunk * chunk_bytes + row * row_bytes, params.one, {0, slot, chunk, page},
-                 full);
-    }
-  }
-}
-
-DEVICE void load_rope(const MlaParams& params, const Shared& shared, const Item& item, int32 step) {
-  mbarrier_arrive_expect(shared.rope_full, chunk_bytes);
-  for (int32 row = 0; row < tile_keys; row += page_rows) {
-    const int32 key = item.first_key(step) + row, slot = key & (config.page_size - 1);
-    const int32 page = page_of(params.attention, item, key);
-    tma_load(shared.rope + row * row_bytes, params.one, {0, slot, latent_chunks, page},
-             shared.rope_full);
-  }
-}
 
 // --- Scores.
 
@@ -104,14 +72,14 @@ struct Scores {
 // Q's rows, zeros behind the last: its first chunks by way of stage 0 into registers.
 DEVICE void load_q(Scores& state, const AttentionParams& params, const Shared& shared,
                    const DecodeWork& work) {
-  const int32 outer = params.cu_seqlens_q ? 0 : work.request;
-  const int32 token = params.cu_seqlens_q ? work.q_start : 0;
-  GroupRows rows{.first = static_cast<const char*>(params.q) +
-                          (outer * params.q_strides.outer + token * params.q_strides.row) * 2,
-                 .row_stride = params.q_strides.row * 2,
-                 .head_stride = params.q_strides.head * 2,
-                 .first_row = work.first_row,
-                 .group = params.group};
+  QueryRow first{work.request, work.q_start, 0, 0};
+  if constexpr (config.sparse) first = SparseToken::row(params, work.request, 0);
+  GroupRows rows{
+      .first = static_cast<const char*>(params.q) + first.in(params.q_strides, params) * 2,
+      .row_stride = params.q_strides.row * 2,
+      .head_stride = params.q_strides.head * 2,
+      .first_row = work.first_row,
+      .group = params.group};
   using FirstTile = SharedTile<block_rows, q_chunks * chunk_columns>;
   using LastTile = SharedTile<block_rows, 2 * chunk_columns>;
   request_tile<group_threads>(FirstTile{shared.kv}, rows, 0, {0, work.rows}, FirstTile::columns);
@@ -169,7 +137,11 @@ DEVICE void soften(Scores& state, const AttentionParams& params, const Shared& s
                    const Item& item, int32 step) {
   auto& rows = state.rows;
   const int32 first_key = item.first_key(step);
-  if (first_key + tile_keys > state.common_end) rows.mask(state.s, shared, first_key);
+  if constexpr (config.sparse) {
+    rows.mask_chosen(state.s, shared, step);
+  } else if (first_key + tile_keys > state.common_end) {
+    rows.mask(state.s, shared, first_key);
+  }
   float top[1][2];
   tile_maxima(top, state.s, state.scale);
   if constexpr (config.skip_softmax && !config.masses) {
@@ -223,7 +195,7 @@ DEVICE void conclude(const Scores& state, const AttentionParams& params, const S
     const PartialRow part = state.rows.part(shared, half);
     const int32 row = warp_index() * 16 + half * 8 + fragment_row();
     if (fragment_column() != 0) continue;
-    const QueryRow place = query_row(params, work, row);
+    const QueryRow place = row_of(params, work, row);
     Finish of_row = finish;
     if (params.sinks && row < work.rows) of_row.sink = params.sinks[place.head] * log2_e;
     const RowResult result = finish_row(part.maximum, part.sum, of_row);
@@ -241,8 +213,7 @@ DEVICE void conclude(const Scores& state, const AttentionParams& params, const S
   }
 }
 
-DEVICE void score(const MlaParams& params, const Shared& shared, const Item& item) {
-  const AttentionParams& attention = params.attention;
+DEVICE void score(const AttentionParams& attention, const Shared& shared, const Item& item) {
   Scores state{.rows{attention, shared, item.work}};
   state.scale = (attention.scale_array ? *attention.scale_array : attention.scale) * log2_e;
   state.common_end = item.work.visibility(attention).keys_of(0).end;
@@ -253,7 +224,7 @@ DEVICE void score(const MlaParams& params, const Shared& shared, const Item& ite
     wgmma_wait<0>();
     sync_warp();  // this warp reads the rope part no more
     if (lane_index() == 0) mbarrier_arrive(shared.rope_free);
-    if (step == item.foreign) clear_tail(shared, item, step);
+    if (!config.sparse && step == item.foreign) clear_tail(shared, item, step);
     soften(state, attention, shared, item, step);
   }
   if (item.count > 0) publish(state, shared, item.count - 1);
@@ -267,8 +238,9 @@ DEVICE void score(const MlaParams& params, const Shared& shared, const Item& ite
   conclude(state, attention, shared, work, finish);
   if constexpr (config.skip_softmax) {
     const int32 own = Item(attention, work, false).own;
+    const DecodeWork whole = of_request<config.sparse>(attention, work);
     if (attention.skip_counts)
-      report_block<config.mass_rule, group_threads>(attention, work, own, state.rows.skipped);
+      report_block<config.mass_rule, group_threads>(attention, whole, own, state.rows.skipped);
   }
   meet();
 }
@@ -285,7 +257,7 @@ DEVICE void write_half(const float (&o)[128], const AttentionParams& params, con
     if (row >= work.rows) continue;
     const float factor = shared_load(shared.alpha + row * 4);
     const int32 column = half * 256 + fragment_column();
-    const QueryRow place = query_row(params, work, row);
+    const QueryRow place = row_of(params, work, row);
     Output* out = static_cast<Output*>(params.out) + place.in(params.out_strides, params) + column;
     float* part = parts.out + (parts.row(work.split) + row) * latent + column;
 #pragma unroll
@@ -326,28 +298,12 @@ DEVICE void add_values(float (&o)[128], const Shared& shared, int32 step, int32 
   wgmma_wait<0>();
 }
 
-DEVICE void weigh(const MlaParams& params, const Shared& shared, const Item& item, int32 half) {
+// `loader` brings the tiles, asked for between its threads' other work.
+template <typename Loader>
+DEVICE void weigh(const AttentionParams& params, const Shared& shared, const Item& item, int32 half,
+                  Loader loader) {
   const int32 lane = lane_index(), warp = warp_index() % 4;
-  const bool loads = half == 0 && warp == 0 && lane == 0;
-  if (loads) {
-    for (int32 step = 1; step < minimum(stages, item.count); ++step)
-      load_latent(params, shared, item, step);
-    mbarrier_wait(shared.q_read, 0);
-    if (item.count > 0) {
-      load_latent(params, shared, item, 0);
-      load_rope(params, shared, item, 0);
-    }
-    if (item.count > 1) {
-      mbarrier_wait(shared.rope_free, 0);
-      load_rope(params, shared, item, 1);
-    }
-  }
-  sync_warp();
-  const auto refill_rope = [&](int32 step) {
-    if (!loads || step >= item.count) return;
-    mbarrier_wait(shared.rope_free, step - 1 & 1);
-    load_rope(params, shared, item, step);
-  };
+  loader.begin();
   float o[128];
 #pragma unroll
   for (int32 i = 0; i < 128; ++i) o[i] = 0.f;
@@ -356,25 +312,21 @@ DEVICE void weigh(const MlaParams& params, const Shared& shared, const Item& ite
     mbarrier_wait(shared.p_ready, step & 1);
     const Word word = Word(int32(shared_load(shared.words + warp * 4)));
     if (config.skip_softmax && word == Word::leave_out) {
-      refill_rope(step + 2);
+      loader.beside_products(step);
     } else {
       if (word == Word::shrink) shrink(o, shared);
-      add_values(o, shared, step, half, [&] { refill_rope(step + 2); });
+      add_values(o, shared, step, half, [&] { loader.beside_products(step); });
     }
     sync_warp();
     if (lane == 0) {
       mbarrier_arrive(shared.p_free);
       mbarrier_arrive(shared.empty + stage * 8);
     }
-    if (loads && step + stages < item.count) {
-      mbarrier_wait(shared.empty + stage * 8, step / stages & 1);
-      load_latent(params, shared, item, step + stages);
-    }
-    sync_warp();
+    loader.after_products(step);
   }
   meet();  // every alpha has been read
   meet();  // factors are there
-  write_half(o, params.attention, shared, item, parts_of(params.attention, item.work), half);
+  write_half(o, params, shared, item, parts_of(params, item.work), half);
 }
 
 // --- An item.
@@ -390,7 +342,7 @@ DEVICE void merge_all(const AttentionParams& params, const Shared& shared, const
     GlobalParts own = parts;
     own.first += row;
     own.second += row;
-    write_row<Output>(params, query_row(params, work, row), merge_row<latent>(own, work.splits));
+    write_row<Output>(params, row_of(params, work, row), merge_row<latent>(own, work.splits));
   }
 }
 
@@ -400,19 +352,25 @@ KERNEL void __launch_bounds__(config.threads(), 1)
   if (!work.exists) return;
   const Shared shared;
   if (thread_index() == 0) {
-    shared.begin();
+    shared.begin(config.sparse ? gathering_warps : 1);
     keep_work(shared, work);
   }
   meet();
-  const Item item(params.attention, work, config.skip_softmax);
+  const AttentionParams& attention = params.attention;
+  const Item item(attention, work, config.skip_softmax);
   const int32 group = warp_index() / 4;
   if (group == 0) {
     registers_increase<184>();
-    score(params, shared, item);
+    score(attention, shared, item);
   } else {
     registers_decrease<160>();
-    weigh(params, shared, item, group - 1);
+    if constexpr (config.sparse) {
+      weigh(attention, shared, item, group - 1, KeyGather(attention, shared, item));
+    } else {
+      weigh(attention, shared, item, group - 1, PageLoads<config>(params, shared, item));
+    }
   }
   // Without counters of arrivals, a kernel of its own does it.
-  if (work.splits > 1 && params.attention.arrivals) merge_all(params.attention, shared, work);
+  const DecodeWork done = kept_work(shared);
+  if (done.splits > 1 && attention.arrivals) merge_all(attention, shared, done);
 }

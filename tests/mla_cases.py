@@ -105,9 +105,13 @@ def problem_of_mla(call: Call, skip: SkipMode | None = None) -> Problem:
     given = views_of(call.options)
     cu_seqlens_q = given.pop("cu_seqlens_q", None)
     q, cache, tables, seq_lens = (view_of(x) for x in call.arrays)
+    lists = given.pop("sparse_indices", None)
     options = _check.Options(**given, causal=True, skip=skip)
+    given = (seq_lens, cu_seqlens_q, "HND", options)
     cache = _check_tools.mla_cache(cache)
-    return _check_mla.mla_decode(None, q, cache, tables, seq_lens, cu_seqlens_q, "HND", options)
+    if lists is not None:
+        return _check_mla.mla_decode_sparse(None, q, cache, lists, *given)
+    return _check_mla.mla_decode(None, q, cache, tables, *given)
 
 
 NOWHERE = (-1, -(2**31), 2**31 - 1)  # and the number of slots
@@ -225,7 +229,7 @@ MLA = list(dict.fromkeys(MLA))
 # For skip-softmax: tiles differ in weight, and there are some beside the seeds of several splits.
 LONG = MlaCase(lengths=ones(1500, 700), data="structured")
 SHORT = replace(LONG, lengths=ones(700))
-# What runs the portable kernel on every GPU.
+# Up to 32 heads run the portable kernel on every GPU.
 SPARSE = [
     MlaCase(top_k=64),
     MlaCase(top_k=128, lengths=ones(0, 1, 63, 128, 129, 300), page_size=16, q_heads=1),
@@ -237,6 +241,8 @@ SPARSE = [
     MlaCase(top_k=128, lengths=ones(40, 200), q_heads=128),
     MlaCase(top_k=1024, lengths=((2, 1100),), form="tokens", q_heads=65, memory="packed"),
     replace(UNEVEN, top_k=64, q_heads=64, poison="huge"),
+    replace(UNEVEN, top_k=128, q_heads=40, page_size=8, sinks=True),
+    MlaCase(top_k=2048, lengths=ones(0, 1, 2100), q_heads=64, sinks=True, out_scale=0.5),
 ]
 PAIRS = [
     MlaCase(d_qk=512, dtype="float16", lengths=ones(0, 65, 600)),

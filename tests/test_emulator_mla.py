@@ -48,6 +48,10 @@ RACES: dict[str, Race] = {
     "many-items-ragged": dense(ONE, lengths=RAGGED, form="ragged"),
     "many-splits": dense(ONE, lengths=ones(700, 30), q_heads=65),
     "merged-apart": dense(lengths=ones(1000), q_heads=65),
+    "chosen": dense(top_k=128, lengths=ones(0, 40, 200), q_heads=128, page_size=16),
+    "chosen-ragged": dense(top_k=64, lengths=RAGGED, form="ragged", q_heads=40, sinks=True),
+    "chosen-splits": dense(top_k=640, lengths=((2, 700),), form="tokens", q_heads=65),
+    "chosen-one-split": dense(ONE, top_k=512, lengths=ones(500), q_heads=64),
 }
 # Votes, records of rows, and stages that nobody multiplies.
 SKIPS: dict[str, Race] = {

@@ -41,6 +41,7 @@ WITHOUT = {"append_kv.cu", "merge_splits.cu", "merge_states.cu", "validate.cu"}
 # Not run here so far: g++ takes five to ten seconds for each mutant of these kernels.
 LATER = {
     *("mla_decode_sm90.cu", "attention/mla_item.cuh", "attention/mla_rows.cuh"),
+    *("attention/mla_gather.cuh", "attention/mla_pages.cuh"),
     "mla_decode_sm80.cu",
     *("fmha_sm90.cu", "attention/prefill_loader.cuh", "attention/prefill_shared.cuh"),
 }

@@ -102,6 +102,32 @@ def test_one_token_with_and_without_its_axis(hopper: Any) -> None:
     assert_same(hopper, call, with_arrays(call, q=call.arrays[0][:, None]))
 
 
+@pytest.mark.parametrize("threshold", [None, 1e-30, 0.3])
+def test_a_list_of_all_keys_gives_the_dense_bits(hopper: Any, threshold: float | None) -> None:
+    """Gathered one by one or by pages: the same tiles, votes and sums."""
+    case = MlaCase(lengths=ones(0, 1500, 700), q_heads=64, data="structured", sinks=True)
+    call = mla_call(case)
+    places = np.repeat(call.arrays[2] * case.page_size, case.page_size, axis=1)
+    places = places + np.arange(places.shape[1], dtype=np.int32) % case.page_size
+    lists = np.full((len(places), 1536), -1, np.int32)
+    lists[:, : places.shape[1]] = places[:, :1536]
+    sparse = replace(call, options={**call.options, "sparse_indices": lists})
+    results, counted = [], []
+    for either in (call, sparse):
+        stats = cuattn.SkipStats()
+        skip = threshold and cuattn.SkipSoftmax(threshold=threshold, stats=stats, certificate=True)
+        results.append(hopper.run(either, skip_softmax=skip))
+        counted.append((stats.visited, stats.skipped))
+    assert_same_bits(results[1].out, results[0].out, case)
+    assert_same_bits(results[1].lse, results[0].lse, case)
+    assert counted[1] == counted[0]
+    assert (counted[0][1] > 0) == (threshold == 0.3)
+    if threshold:
+        assert_same_bits(results[1].dropped_mass, results[0].dropped_mass, case)
+    if threshold == 1e-30:
+        assert_same_bits(results[1].out, hopper.run(sparse).out, case)
+
+
 @pytest.mark.parametrize(
     "case",
     [
@@ -125,6 +151,7 @@ def test_batch_invariant_results_do_not_know_their_batch(hopper: Any, case: MlaC
         (LONG, {}),
         (replace(LONG, sinks=True, data="structured"), {"threshold": 0.5, "certificate": True}),
         (MlaCase(lengths=((2, 300), (0, 33), (5, 700), (0, 0)), form="ragged", q_heads=20), {}),
+        (MlaCase(lengths=((2, 700), (2, 0)), form="tokens", q_heads=65, top_k=640), {}),
     ],
     ids=str,
 )

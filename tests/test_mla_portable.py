@@ -161,7 +161,7 @@ def plan_of(case: MlaCase, arch: str, skip: SkipMode | None = None) -> Plan:
         seq_lens=view_of(lengths),
         **given,
     )
-    return _heuristics.mla_decode(problem, card(arch))
+    return _heuristics.mla_decode(replace(problem, sparse=case.top_k > 0), card(arch))
 
 
 @pytest.mark.parametrize("arch", sorted(_heuristics.SHARED_MEMORY))
@@ -172,6 +172,10 @@ def test_hopper_has_its_kernel_and_all_have_the_other(arch: str) -> None:
         assert plan_of(case, arch).kernel == kernel
     for case in (MlaCase(page_size=8), MlaCase(page_size=256), MlaCase(d_qk=512)):
         assert plan_of(case, arch).kernel == _heuristics.MLA_PORTABLE
+    for heads, size in ((1, 64), (32, 64), (33, 64), (128, 8), (128, 256)):
+        plan = plan_of(MlaCase(q_heads=heads, page_size=size, top_k=64), arch)
+        gathers = hopper and heads > 32
+        assert plan.kernel == (_heuristics.MLA_HOPPER if gathers else _heuristics.MLA_PORTABLE)
 
 
 def test_no_rule_is_silently_ignored() -> None:

@@ -60,15 +60,18 @@ struct MergeSplitsConfig {
   Dtype output = Dtype::bfloat16;
   int32 rows = 64;
   int32 columns = 512;
+  bool sparse = false;
 
   DEVICE constexpr int32 threads() const { return columns / 128 * 32; }
 };
 
-// MLA decode.  One block: 64 query rows of one request, tiles of 64 keys.
+// MLA decode.  One block: 64 query rows of one request, tiles of 64 keys; sparse: of one token,
+// whose keys have any pages.
 struct MlaConfig {
   Dtype element = Dtype::bfloat16;
   Dtype output = Dtype::bfloat16;
   int32 page_size = 64;
+  bool sparse = false;
   bool skip_softmax = false;
   bool masses = false;  // as of decode
   bool mass_rule = false;

@@ -11,11 +11,11 @@ constexpr int32 block_rows = 64, tile_keys = 64, latent = 512, group_threads = 1
 constexpr int32 stages = 3, chunk_bytes = 8192, latent_chunks = 8;
 constexpr int32 stage_bytes = latent_chunks * chunk_bytes;
 constexpr int32 barriers = 2 * stages + 5;
-constexpr int32 q_chunks = 7;  // in registers
-using Schedule = DecodeSchedule<block_rows>;
+constexpr int32 q_chunks = 7;          // in registers
+constexpr int32 chosen_bytes = 8 * 4;  // of a tile of chosen keys: a word for 8 of them, a bit each
 
 struct Shared {
-  SharedAddress kv, rope, p, q, alpha, words, votes, rows, accounts, work, last;
+  SharedAddress kv, rope, p, q, alpha, words, votes, chosen, rows, accounts, work, last;
   SharedAddress full, empty, rope_full, rope_free, p_ready, p_free, q_read;
 
   DEVICE Shared() {
@@ -27,6 +27,7 @@ struct Shared {
     alpha = carver.take(block_rows * 4, "alpha", 16);
     words = carver.take(4 * 4, "words", 16);
     votes = carver.take(2 * 4 * 4, "votes", 16);
+    chosen = carver.take(stages * chosen_bytes, "chosen", 16);
     rows = carver.take(block_rows * 16, "rows", 16);
     accounts = carver.take(block_rows * 16, "accounts", 16);
     work = carver.take(3 * 16, "work", 16);
@@ -40,12 +41,13 @@ struct Shared {
     q_read = p_free + 8;
   }
 
-  DEVICE void begin() const {
+  // `loaders` arrive when a tile is there.
+  DEVICE void begin(int32 loaders) const {
     for (int32 stage = 0; stage < stages; ++stage) {
-      mbarrier_init(full + stage * 8, 1);
+      mbarrier_init(full + stage * 8, loaders);
       mbarrier_init(empty + stage * 8, 8);  // warps of both P V
     }
-    mbarrier_init(rope_full, 1);
+    mbarrier_init(rope_full, loaders);
     mbarrier_init(rope_free, 4);
     mbarrier_init(p_ready, 4);
     mbarrier_init(p_free, 8);
@@ -116,8 +118,3 @@ struct Item {
   }
   DEVICE int32 first_key(int32 step) const { return tile(step) * tile_keys; }
 };
-
-// The parts of this item's row 0.
-DEVICE GlobalParts parts_of(const AttentionParams& params, const DecodeWork& work) {
-  return work.splits == 1 ? GlobalParts{} : parts_of(Schedule(params), work, 0, latent);
-}

@@ -12,6 +12,7 @@
 #include <attention/online_softmax.cuh>
 #include <attention/row_result.cuh>
 #include <attention/seeded_skip.cuh>
+#include <attention/sparse_token.cuh>
 #include <ptx/shared.cuh>
 #include <ptx/sync.cuh>
 
@@ -78,7 +79,8 @@ struct MlaRows {
       float threshold = 0.f;
       if constexpr (config.skip_softmax && !config.mass_rule) {
         const int32 head = (work.first_row + row) % params.group;
-        if (exists) threshold = row_threshold(params, work.request, head, work.kv_len, 1.f);
+        const DecodeWork whole = of_request<config.sparse>(params, work);
+        if (exists) threshold = row_threshold(params, whole.request, head, whole.kv_len, 1.f);
       }
       const int32 end = work.visibility(params).keys_of(row).end;
       if (fragment_column() == 0) {
@@ -101,6 +103,23 @@ struct MlaRows {
 #pragma unroll
         for (int32 i = 0; i < 2; ++i)
           if (c * 8 + fragment_column() + i >= end) s[c * 4 + half * 2 + i] = -infinity();
+    }
+  }
+
+  // The same of chosen keys that are none.
+  static DEVICE void mask_chosen(float (&s)[tile_keys / 2], const Shared& shared, int32 step) {
+    const SharedAddress chosen = shared.chosen + step % stages * chosen_bytes;
+#pragma unroll
+    for (int32 four = 0; four < 2; ++four) {
+      float words[4];
+      shared_load_4(words, chosen + four * 16);
+#pragma unroll
+      for (int32 c = 0; c < 4; ++c) {
+        const uint32 bits = __builtin_bit_cast(uint32, words[c]) >> fragment_column();
+#pragma unroll
+        for (int32 i = 0; i < 4; ++i)
+          if (!(bits >> i % 2 & 1)) s[(four * 4 + c) * 4 + i] = -infinity();
+      }
     }
   }
 

@@ -8,6 +8,7 @@
 
 #include <attention/decode_work.cuh>
 #include <attention/row_result.cuh>
+#include <attention/split_parts.cuh>
 
 // Stands where DecodeRequest does; `request` there is the number of the token here.
 struct SparseToken {
@@ -54,9 +55,41 @@ struct SparseToken {
     return first;
   }
 
+  // A token's work as its request's, whose number and whole length thresholds and counts go by.
+  static DEVICE DecodeWork of_request(const AttentionParams& params, DecodeWork work) {
+    const int32 token = work.request;
+    work.request = params.cu_seqlens_q ? request_of(params, token) : token / params.q_len;
+    work.kv_len = maximum(params.seq_lens[work.request], 0);
+    return work;
+  }
+
   // A head's row of such a token.
   static DEVICE QueryRow row(const AttentionParams& params, int32 token, int32 head) {
     if (params.cu_seqlens_q) return {0, token, 0, head};
     return {token / params.q_len, 0, token % params.q_len, head};
   }
 };
+
+// What items are cut from: lists of tokens, or the keys of requests.
+template <bool sparse>
+struct RequestKind {
+  using Type = DecodeRequest;
+};
+template <>
+struct RequestKind<true> {
+  using Type = SparseToken;
+};
+
+// Which row of q an item's row is.
+template <bool sparse>
+DEVICE QueryRow row_of(const AttentionParams& params, const DecodeWork& work, int32 row) {
+  if constexpr (sparse) return SparseToken::row(params, work.request, work.first_row + row);
+  return query_row(params, work, row);
+}
+
+// The work of an item as its request's, which may be that of a token.
+template <bool sparse>
+DEVICE DecodeWork of_request(const AttentionParams& params, const DecodeWork& work) {
+  if constexpr (sparse) return SparseToken::of_request(params, work);
+  return work;
+}
