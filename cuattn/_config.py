@@ -173,6 +173,9 @@ class MlaPortableConfig:
     stages: int = 2
     warps: int = 8
     sparse: bool = False
+    skip_softmax: bool = False
+    masses: bool = False
+    mass_rule: bool = False
 
     @property
     def threads(self) -> int:
@@ -181,13 +184,14 @@ class MlaPortableConfig:
 
     @property
     def shared_memory(self) -> int:
-        """Bytes of a block: tiles, what of Q is not in registers, P, maxima of rows, a word."""
+        """Bytes of a block: tiles, what of Q is in no register, P, maxima and sums, a word."""
         parts = self.warps // (self.rows // self.rows_per_warp)
         steps = (self.latent + self.rope) // 16
-        kept = 0 if self.rows_per_warp > 16 else min(steps, 24)
+        most_kept = 16 if self.skip_softmax and self.block_kv == 32 else 24
+        kept = 0 if self.rows_per_warp > 16 else min(steps, most_kept)
         q = self.rows * _row_bytes(16 * (steps - kept))
         ring = self.stages * self.block_kv * _row_bytes(self.latent + self.rope)
-        return ring + q + self.rows * _row_bytes(self.block_kv) + parts * self.rows * 4 + 4
+        return ring + q + self.rows * _row_bytes(self.block_kv) + 2 * parts * self.rows * 4 + 4
 
     def define(self) -> str:
         """Return the designated initialisers that stand behind ``-DCUATTN_CONFIG=``."""

@@ -326,7 +326,7 @@ def mla_decode(problem: Problem, device: Device) -> Plan:
     dims = problem.head_dim_v, problem.head_dim_qk - problem.head_dim_v
     config: MlaConfig | MlaPortableConfig
     if device.arch == "sm_90a" and dims == (512, 64) and _suits_hopper(problem):
-        kernel, rows, keys = MLA_HOPPER, MLA_ROWS, MLA_ROWS
+        kernel, rows, keys, votes = MLA_HOPPER, MLA_ROWS, MLA_ROWS, 1
         config = MlaConfig(
             problem.q.dtype,
             problem.out_dtype,
@@ -335,15 +335,15 @@ def mla_decode(problem: Problem, device: Device) -> Plan:
             **_skipping(problem.skip),
         )
     else:
-        if problem.skip is not None:
-            raise ValueError(
-                f"skip_softmax is given, which {MLA_PORTABLE} cannot honour yet; wanted None but "
-                f"for {MLA_HOPPER}: Hopper, rows of 512 + 64, pages of 16 to 128, all keys"
-            )
         tile = mla_tile(*dims, _mla_rows(problem), device.shared_memory)
         kernel, rows, keys = MLA_PORTABLE, tile.rows, tile.block_kv
+        votes = rows // tile.rows_per_warp  # of the warps that share rows
         config = replace(
-            tile, element=problem.q.dtype, output=problem.out_dtype, sparse=problem.sparse
+            tile,
+            element=problem.q.dtype,
+            output=problem.out_dtype,
+            sparse=problem.sparse,
+            **_skipping(problem.skip),
         )
     if problem.sparse:  # a block has rows of one token
         row_blocks = problem.tokens * -(-problem.q_heads // rows) if problem.batch else 0
@@ -363,7 +363,7 @@ def mla_decode(problem: Problem, device: Device) -> Plan:
         grid=(blocks if problem.tokens else 0, 1, 1),
         threads=config.threads,
         shared_memory=config.shared_memory,
-        geometry=MlaGeometry(rows, keys, 1, rule),
+        geometry=MlaGeometry(rows // votes, keys, 1, rule, votes=votes),
         reason=f"{rows} rows and {keys} keys, one block a multiprocessor by shared memory, "
         f"at most {most} splits, merged by "
         f"{'their last block' if merge is None else 'a kernel of its own'}",

@@ -142,6 +142,11 @@ class DecodeGeometry:
     order: str = "round-robin to splits and warps, each from the last tile down"
 
     @property
+    def block_rows(self) -> int:
+        """Rows of a block, by which keys are split: those of its votes."""
+        return self.rows_per_vote
+
+    @property
     def last_seeds(self) -> int:
         """How many of the last tiles are seeds; the first tile is one too."""
         return self.warps - 1
@@ -149,9 +154,18 @@ class DecodeGeometry:
 
 @dataclass(frozen=True, slots=True)
 class MlaGeometry(DecodeGeometry):
-    """The same for MLA decode, where the warps of a vote share its tiles."""
+    """The same for MLA decode, where the warps of a vote share its tiles.
+
+    Portable blocks have rows of `votes` votes side by side, which go over the block's tiles.
+    """
 
     order: str = "round-robin to splits, each from the last tile down, seeds first"
+    votes: int = 1
+
+    @property
+    def block_rows(self) -> int:
+        """Rows of a block, by which keys are split: those of its votes."""
+        return self.votes * self.rows_per_vote
 
     @property
     def last_seeds(self) -> int:

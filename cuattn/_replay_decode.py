@@ -3,7 +3,8 @@
 A row is (token, query head inside its group), token first.  A block of rows deals its tiles, from
 the last one down, round-robin to the warps of all splits.  Every such lane has its own running
 maximum and its own account of mass; the block's first and last tiles, the seeds, always stay.  All
-judge by the seeds of all, so it is no matter when a lane visits its own.
+judge by the seeds of all, so it is no matter when a lane visits its own.  The rows of a block are
+one vote or several.
 
 Masses are kept as logarithms, which no distance between scores can underflow.
 """
@@ -63,7 +64,7 @@ def no_votes(kept: Array) -> Votes:
 
 @dataclass(frozen=True, slots=True)
 class _Tiles:
-    """The tiles of a block of rows as lanes visit them, padded with tiles that do not exist."""
+    """The tiles of a block as lanes visit them for a vote, padded with some that do not exist."""
 
     largest: Array  # [kv_head, row, visit, lane], of the scores
     log_mass: Array  # the same shape
@@ -82,7 +83,7 @@ class _Tiles:
 
 @dataclass(frozen=True, slots=True)
 class _Ballot:
-    """The votes of a block of rows, by tile as in `_Tiles`."""
+    """One vote's outcome, by tile as in `_Tiles`."""
 
     dropped: Array  # [kv_head, visit, lane] bool
     statistics: Array  # [kv_head, row, visit, lane]; inf in seeds
@@ -91,7 +92,7 @@ class _Ballot:
 
 def load_of(q_len: int, keys: int, group: int, geometry: DecodeGeometry) -> int:
     """A request's part in what all blocks of threads have to do: keys times blocks of rows."""
-    return keys * -(-q_len * group // geometry.rows_per_vote)
+    return keys * -(-q_len * group // geometry.block_rows)
 
 
 def replay(seen: Scores, splits: int, rule: Rule, geometry: DecodeGeometry) -> Votes:
@@ -106,20 +107,19 @@ def replay(seen: Scores, splits: int, rule: Rule, geometry: DecodeGeometry) -> V
     visited, skipped = np.zeros((2, seen.kv_heads, group), np.int64)
     statistics, margin = [np.zeros((0, heads))], np.inf
     for first in range(0, rows, geometry.rows_per_vote):
-        block = np.arange(first, min(first + geometry.rows_per_vote, rows))
-        token, head = block // group, block % group
-        low, high = seen.begin[token[0]], seen.end[token[-1]]
-        if low >= high:
+        voters = np.arange(first, min(first + geometry.rows_per_vote, rows))
+        head = voters % group
+        span = _tiles_seen(seen, first - first % geometry.block_rows, rows, geometry)
+        if span.start >= span.stop:
             continue
-        span = slice(low // geometry.block_kv, -(-high // geometry.block_kv))
-        tiles = _dealt(largest[:, block, span], log_mass[:, block, span], splits, geometry)
+        tiles = _dealt(largest[:, voters, span], log_mass[:, voters, span], splits, geometry)
         if rule.max_dropped_mass is None:
             log_threshold = rule.log_threshold.reshape(seen.kv_heads, group)[:, head]
             ballot = _by_threshold(tiles, log_threshold)
         else:
             ballot = _by_mass(tiles, rule.max_dropped_mass)
         gone = _undealt(ballot.dropped, span.stop - span.start)  # [kv_head, tile]
-        dropped[:, block, span] = gone[:, None]
+        dropped[:, voters, span] = gone[:, None]
         present = np.unique(head)
         visited[:, present] += gone.shape[1]
         skipped[:, present] += gone.sum(axis=1)[:, None]
@@ -134,6 +134,14 @@ def replay(seen: Scores, splits: int, rule: Rule, geometry: DecodeGeometry) -> V
         margin=margin,
         statistics=np.concatenate(statistics),
     )
+
+
+def _tiles_seen(seen: Scores, first: int, rows: int, geometry: DecodeGeometry) -> slice:
+    """The tiles that some row sees of the block that begins with row `first`."""
+    group = seen.scores.shape[0] // seen.kv_heads
+    last = min(first + geometry.block_rows, rows) - 1
+    low, high = seen.begin[first // group], seen.end[last // group]
+    return slice(low // geometry.block_kv, -(-high // geometry.block_kv) if low < high else 0)
 
 
 def _tile_sums(scores: Array, block_kv: int) -> tuple[Array, Array]:

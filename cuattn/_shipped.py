@@ -50,8 +50,8 @@ def configs(arch: str) -> list[tuple[str, Config]]:
     Compiled at first use: unequal head dimensions other than 192/128, outputs of another dtype than
     the inputs; of decode, more than 16 rows, many short items, a soft cap with skipping, and the
     certificate of a threshold; of MLA, that too, on Hopper pages of other than 64 tokens and
-    skipping in lists, and elsewhere or sparse 17 to 32 rows and all but a latent part of 512 and a
-    rope part of 64.
+    skipping in lists, and elsewhere a bound of the dropped mass, 17 to 32 rows and all but a latent
+    part of 512 and a rope part of 64.
     """
     shared_memory = _heuristics.SHARED_MEMORY[arch]
     prefill = [
@@ -94,9 +94,13 @@ def configs(arch: str) -> list[tuple[str, Config]]:
         mla += [("merge_splits", MergeSplitsConfig(element, sparse=x)) for x in (False, True)]
     portable = [
         replace(
-            _heuristics.mla_tile(512, 64, rows, shared_memory), element=x, output=x, sparse=sparse
+            _heuristics.mla_tile(512, 64, rows, shared_memory),
+            element=element,
+            output=element,
+            sparse=sparse,
+            skip_softmax=skip,
         )
-        for rows, x, sparse in product((16, 64), ELEMENTS, (False, True))
+        for rows, element, sparse, skip in product((16, 64), ELEMENTS, (False, True), (False, True))
         if arch != "sm_90a" or (sparse and rows == 16)
     ]
     return [

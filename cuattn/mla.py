@@ -60,10 +60,11 @@ def mla_decode(
     sinks : array, float32 ``[heads]``, optional
         A logit per head, after scaling, that enters the denominator only.
     skip_softmax : SkipSoftmax, optional
-        Leave out tiles of 64 keys whose weights would be negligible: their softmax and their part
-        of the output. All rows of a block of 64 have to agree: heads of a token, then the next one.
-        No bytes are saved, since keys and values are the same; with 16 heads, where memory is the
-        limit, nothing is gained.
+        Leave out tiles of keys, or of entries of a list, whose weights would be negligible: their
+        softmax and their part of the output. All rows of a vote have to agree: heads of a token,
+        then the next one. No bytes are saved, since keys and values are the same; with 16 heads,
+        where memory is the limit, nothing is gained. A scale factor is divided by the length of the
+        request, however short its lists are.
     sparse_indices : array, int32 ``[batch, q_len, top_k]``, optional
         The keys of each token, instead of all that it sees: positions in the cache, ``page *
         page_size + slot``. Of q's form: also ``[batch, top_k]``, and with `cu_seqlens_q`
@@ -104,7 +105,10 @@ def mla_decode(
     Results are the same to the bit from run to run and for every width of `block_tables`.
 
     On Hopper, rows of 512 + 64 columns have a kernel of their own, in pages of 16 to 128 tokens or,
-    with `sparse_indices`, for more than 32 heads; all else runs the portable one.
+    with `sparse_indices`, for more than 32 heads; all else runs the portable one. What is skipped
+    depends on which it is: Hopper's votes are of 64 rows on tiles of 64 keys; portable ones of 32
+    rows where more than 32 read the same keys and the shared memory holds a block of 64, of 16 rows
+    otherwise, on tiles of 64 or, where two do not fit, 32 keys.
 
     References
     ----------

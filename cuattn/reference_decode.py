@@ -36,6 +36,16 @@ Array = NDArray[Any]
 
 
 @dataclass(frozen=True, slots=True)
+class Keys:
+    """Keys and values of all requests, one behind the other."""
+
+    k: Array  # [key, kv_head, d_qk]
+    v: Array  # [key, kv_head, d_v]
+    ends: Array  # [request + 1], prefix sums
+    exist: Array  # [key] bool; one that does not has a place, and is seen by nobody
+
+
+@dataclass(frozen=True, slots=True)
 class _How:
     """What all requests of a call share."""
 
@@ -104,37 +114,61 @@ def decode(
     >>> decode(q, cache, np.array([[2, 0]]), np.array([20])).out.shape
     (1, 4, 8)
     """
+    k, v, cu_kv = gather_pages(kv_cache, block_tables, seq_lens, layout)
+    rules = rules_of(skip_softmax, geometry, np.diff(cu_kv), q.shape[-2])
+    q_len = 1 if q.ndim == 3 else q.shape[1]
+    return attend(
+        q,
+        Keys(k, v, cu_kv, np.ones(len(k), bool)),
+        np.arange(len(cu_kv)) * q_len if cu_seqlens_q is None else np.asarray(cu_seqlens_q),
+        rules,
+        options_of(q.shape[-1], scale, out_scale, soft_cap, sinks),
+        window_left=window_left,
+        out_dtype=out_dtype,
+        geometry=geometry,
+        arithmetic=arithmetic,
+    )
+
+
+def attend(
+    q: Array,
+    keys: Keys,
+    cu_q: Array,
+    rules: list[Rule],
+    options: Options,
+    *,
+    window_left: int = -1,
+    out_dtype: Any,
+    geometry: DecodeGeometry | None,
+    arithmetic: str,
+) -> Result:
+    """Attention of q, of `decode`'s forms, to the keys of each request, by its rule."""
     if arithmetic not in ARITHMETICS:
         raise ValueError(f"arithmetic is {arithmetic!r}; wanted one of {', '.join(ARITHMETICS)}")
-    _check_geometry(geometry, skip_softmax)
     heads, head_dim = q.shape[-2:]
-    k, v, cu_kv = gather_pages(kv_cache, block_tables, seq_lens, layout)
-    batch, kv_lens = len(cu_kv) - 1, np.diff(cu_kv)
-    q_len = 1 if q.ndim == 3 else q.shape[1]
-    cu_q = np.arange(batch + 1) * q_len if cu_seqlens_q is None else np.asarray(cu_seqlens_q)
     tokens = q.reshape(-1, heads, head_dim)
     plain = arithmetic == "float32-plain"
-    options = options_of(head_dim, scale, out_scale, soft_cap, sinks)
     how = _How(options, window_left, geometry, q.dtype if plain else None)
     out_type = (q.dtype if out_dtype is None else dtype_of(out_dtype)) if plain else how.inner
 
-    out = np.full((len(tokens), heads, v.shape[2]), np.nan, out_type)
+    out = np.full((len(tokens), heads, keys.v.shape[2]), np.nan, out_type)
     lse = np.full(out.shape[:2], np.nan, how.inner)
     dropped_mass = np.full(out.shape[:2], np.nan)
-    kv_heads = k.shape[1]
-    splits = _splits(np.diff(cu_q), kv_lens, heads // max(kv_heads, 1), how)
+    group = heads // max(keys.k.shape[1], 1)
+    splits = _splits(np.diff(cu_q), np.diff(keys.ends), group, how)
     results = []
-    for request, rule in enumerate(_rules(skip_softmax, kv_lens, heads)):
+    for request, rule in enumerate(rules):
         rows = slice(*(int(x) for x in cu_q[request : request + 2]))
-        keys = slice(*(int(x) for x in cu_kv[request : request + 2]))
-        attended = _request(tokens[rows], k[keys], v[keys], splits[request], rule, how)
+        own = slice(*(int(x) for x in keys.ends[request : request + 2]))
+        parts = keys.k[own], keys.v[own], keys.exist[own]
+        attended = _request(tokens[rows], *parts, splits[request], rule, how)
         out[rows], lse[rows] = attended.out.astype(out_type), attended.lse
         dropped_mass[rows] = attended.dropped_mass
         results.append(attended)
     return join(
         results,
         heads,
-        out=out.reshape(*q.shape[:-1], v.shape[2]),
+        out=out.reshape(*q.shape[:-1], keys.v.shape[2]),
         lse=lse.reshape(q.shape[:-1]),
         dropped_mass=dropped_mass.reshape(q.shape[:-1]),
     )
@@ -149,8 +183,11 @@ def _check_geometry(geometry: DecodeGeometry | None, skip_softmax: Any) -> None:
         raise ValueError(f"geometry has the order {geometry.order!r}, which is not known here")
 
 
-def _rules(skip_softmax: Any, kv_lens: Array, heads: int) -> list[Rule]:
+def rules_of(
+    skip_softmax: Any, geometry: DecodeGeometry | None, kv_lens: Array, heads: int
+) -> list[Rule]:
     """What lets a tile go, of every request."""
+    _check_geometry(geometry, skip_softmax)
     nothing = Rule(*log_thresholds(None, heads, False))
     if skip_softmax is None:
         return [nothing] * len(kv_lens)
@@ -186,7 +223,9 @@ def _keys_seen(q_len: int, kv_len: int, window_left: int) -> int:
     return kv_len - int(begin.min(initial=kv_len))
 
 
-def _request(q: Array, k: Array, v: Array, splits: int, rule: Rule, how: _How) -> Result:
+def _request(
+    q: Array, k: Array, v: Array, exist: Array, splits: int, rule: Rule, how: _How
+) -> Result:
     """Attention of one request: q ``[q_len, heads, d]``, k and v ``[kv_len, kv_heads, d]``."""
     (q_len, heads, _), (kv_len, kv_heads, _) = q.shape, k.shape
     begin, end = visible_keys(q_len, kv_len, True, how.window_left)
@@ -194,7 +233,7 @@ def _request(q: Array, k: Array, v: Array, splits: int, rule: Rule, how: _How) -
     if how.geometry is not None:
         low -= low % how.geometry.block_kv
     key = np.arange(low, kv_len)
-    visible = (key >= begin[:, None]) & (key < end[:, None])
+    visible = (key >= begin[:, None]) & (key < end[:, None]) & exist[low:]
     kept: Array = np.broadcast_to(visible, (heads, *visible.shape))
     exact = score(q, k[low:], how.options, visible, np.dtype(np.float64))
     votes, dropped_mass = no_votes(kept), np.zeros((heads, q_len))

@@ -1,7 +1,7 @@
 """Absorbed multi-head latent attention in NumPy, float64 inside; `cuattn.reference` has it too.
 
 It is decode with one KV head whose values are the first columns of its keys.  A token with sparse
-indices is a request of its own, over pages of one token each.
+indices is a request of its own, over pages of one token each; its threshold is that of the request.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cuattn._records import MlaGeometry
-from cuattn._replay import Result
-from cuattn.reference_decode import decode
+from cuattn._replay import Result, gather_pages, options_of
+from cuattn.reference_decode import Keys, attend, decode, rules_of
 
 Array = NDArray[Any]
 
@@ -67,7 +67,8 @@ def mla_decode(
     latent_dim : int, optional
         Columns of a value. Default: what `cuattn.mla_decode` takes for such rows.
     geometry : MlaGeometry, optional
-        Of the kernel's plan; needed with `skip_softmax`. Not with `sparse_indices`, so far.
+        Of the kernel's plan; needed with `skip_softmax`. With `sparse_indices` each token deals the
+        tiles of its list as a request does; λ and counts are those of its request.
     arithmetic : {"float64", "float32-plain"}
         See `cuattn.reference.attention`.
 
@@ -92,39 +93,39 @@ def mla_decode(
             f"q has d_qk {q.shape[-1]} and latent_dim is {latent}; wanted d_qk {rows.shape[2]}, a "
             "row of kv_cache, and latent_dim no more than that"
         )
-    options = {
-        "layout": "NHD",
-        "scale": scale,
-        "out_scale": out_scale,
-        "sinks": sinks,
-        "out_dtype": out_dtype,
-        "arithmetic": arithmetic,
-    }
+    common = {"out_dtype": out_dtype, "geometry": geometry, "arithmetic": arithmetic}
     if sparse_indices is None:
         if block_tables is None:
             raise ValueError("block_tables is None; wanted pages where sparse_indices is None too")
-        caches = _keys_and_values(rows, latent)
-        skipping = {"skip_softmax": skip_softmax, "geometry": geometry}
         return decode(
-            q, caches, block_tables, seq_lens, cu_seqlens_q=cu_seqlens_q, **skipping, **options
+            q,
+            _keys_and_values(rows, latent),
+            block_tables,
+            seq_lens,
+            cu_seqlens_q=cu_seqlens_q,
+            layout="NHD",
+            scale=scale,
+            out_scale=out_scale,
+            sinks=sinks,
+            skip_softmax=skip_softmax,
+            **common,
         )
-    if skip_softmax is not None or geometry is not None:
-        raise ValueError("skip_softmax and geometry cannot be replayed with sparse_indices, so far")
     q_len = 1 if q.ndim == 3 else q.shape[1]
     kv_lens = np.maximum(np.asarray(seq_lens, np.int64).ravel(), 0)
     batch = len(kv_lens)
     cu_q = np.arange(batch + 1) * q_len if cu_seqlens_q is None else np.asarray(cu_seqlens_q)
+    request = np.repeat(np.arange(batch), np.diff(cu_q))
     slots = rows.reshape(-1, 1, rows.shape[2])  # pages of one token
-    tables, lengths = _chosen(sparse_indices, cu_q, kv_lens, len(slots))
-    result = decode(
+    rules = rules_of(skip_softmax, geometry, kv_lens, q.shape[-2])
+    result = attend(
         q.reshape(-1, *q.shape[-2:]),
-        _keys_and_values(slots, latent),
-        tables,
-        lengths,
-        cu_seqlens_q=np.arange(cu_q[0], cu_q[-1] + 1),
-        **options,
+        _chosen(_keys_and_values(slots, latent), sparse_indices, cu_q, kv_lens),
+        np.arange(cu_q[0], cu_q[-1] + 1),
+        [rules[own] for own in request],
+        options_of(q.shape[-1], scale, out_scale, 0.0, sinks),
+        **common,
     )
-    return _by_request(result, q.shape[:-1], batch)
+    return _by_request(result, q.shape[:-1], request, batch)
 
 
 def _rows(kv_cache: Array) -> Array:
@@ -145,30 +146,36 @@ def _keys_and_values(rows: Array, latent: int) -> tuple[Array, Array]:
     return rows[:, :, None], rows[:, :, None, :latent]
 
 
-def _chosen(sparse_indices: Array, cu_q: Array, kv_lens: Array, slots: int) -> tuple[Array, Array]:
-    """Positions of every token's keys, [token, top_k], and how many of them are valid."""
+def _chosen(
+    caches: tuple[Array, Array], sparse_indices: Array, cu_q: Array, kv_lens: Array
+) -> Keys:
+    """The entries of every token's list that it uses, out of caches with pages of one token."""
     q_lens = np.diff(cu_q)
     request = np.repeat(np.arange(len(q_lens)), q_lens)
     place = np.arange(len(request)) - (cu_q[:-1] - cu_q[0])[request]  # in its request
     indices = np.asarray(sparse_indices)
     # Of each request, or of each token of all.
     entries = indices[request, place] if indices.ndim == 3 else indices[cu_q[0] : cu_q[-1]]
-    seen = (kv_lens - q_lens)[request] + place + 1
-    valid = (entries >= 0) & (entries < slots)
-    valid &= np.arange(entries.shape[1]) < seen[:, None]
-    order = np.argsort(~valid, axis=1, kind="stable")  # valid ones first, in their order
-    return np.take_along_axis(entries, order, axis=1), valid.sum(axis=1)
+    lengths = np.clip((kv_lens - q_lens)[request] + place + 1, 0, entries.shape[1])
+    k, v, ends = gather_pages(caches, entries, lengths, "NHD")
+    positions = entries[np.arange(entries.shape[1]) < lengths[:, None]]
+    return Keys(k, v, ends, (positions >= 0) & (positions < len(caches[0])))
 
 
-def _by_request(result: Result, shape: tuple[int, ...], batch: int) -> Result:
+def _by_request(result: Result, shape: tuple[int, ...], request: Array, batch: int) -> Result:
     """A result of single tokens as that of their requests; `shape` is q's without its last axis."""
-    none = np.zeros((batch, shape[-1]), np.int64)
+
+    def summed(counts: Array) -> Array:
+        total = np.zeros((batch, shape[-1]), np.int64)
+        np.add.at(total, request, counts)
+        return total
+
     return replace(
         result,
         out=result.out.reshape(*shape, result.out.shape[-1]),
         lse=result.lse.reshape(shape),
         dropped_mass=result.dropped_mass.reshape(shape),
-        visited=none,
-        skipped=none,
-        ineligible=none,
+        visited=summed(result.visited),
+        skipped=summed(result.skipped),
+        ineligible=summed(result.ineligible),
     )

@@ -14,12 +14,15 @@
 //            S = Q Kᵀ │ mask │ largest scores of own keys      wait    of all keys
 //            P = softmax                                       wait    O += P V
 //
+// Skips:   the warps that share rows vote on a tile, each for itself (mla_votes.cuh).  One that is
+//          left out has no P V and, unless masses are counted, no softmax.
 // Result:  as in decode: O and LSE, or a part that the last split to arrive merges.
 #include <attention/config.cuh>
 #include <attention/decode_work.cuh>
 #include <attention/mask.cuh>
 #include <attention/mla_keys.cuh>
 #include <attention/mla_shape.cuh>
+#include <attention/mla_votes.cuh>
 #include <attention/online_softmax.cuh>
 #include <attention/sparse_token.cuh>
 #include <attention/split_parts.cuh>
@@ -34,6 +37,7 @@ constexpr MlaPortableConfig config{CUATTN_CONFIG};
 using Shape = MlaShape<config>;
 using Shared = MlaShared<config>;
 using Keys = MlaKeys<config>;
+using WarpPlace = MlaPlace<config>;
 
 constexpr int32 row_tiles = Shape::row_tiles;
 constexpr int32 key_tiles = Shape::key_tiles;
@@ -52,26 +56,19 @@ using Schedule = DecodeSchedule<config.rows, RequestKind<config.sparse>::Type>;
 DEVICE QueryRow row_of(const AttentionParams& params, const DecodeWork& work, int32 row) {
   return row_of<config.sparse>(params, work, row);
 }
+// The work of an item as its request's, which may be that of a token.
+DEVICE DecodeWork of_request(const AttentionParams& params, const DecodeWork& work) {
+  if constexpr (config.sparse) return SparseToken::of_request(params, work);
+  return work;
+}
 
 // What one warp carries from tile to tile.
 struct WarpState {
   uint32 q[Shape::steps][4];                // the steps that are kept
   float output[row_tiles][value_tiles][4];  // [row of this warp][latent column of its part]
   RowStatistics<row_tiles> rows;            // sums: of its part of the keys
+  MlaVotes<config> votes;
   float scale;
-};
-
-// A warp's rows are those from `first_row` of the block on, its part of the keys and of the columns
-// of O is number `part`.
-struct WarpPlace {
-  int32 first_row, part;
-
-  DEVICE WarpPlace()
-      : first_row(warp_index() / Shape::parts * config.rows_per_warp),
-        part(warp_index() % Shape::parts) {}
-  DEVICE int32 row(int32 r, int32 half) const {
-    return first_row + r * 16 + half * 8 + fragment_row();
-  }
 };
 
 // --- Q.
@@ -201,7 +198,7 @@ DEVICE void gather_maxima(float (&maxima)[row_tiles][2],
 #pragma unroll
     for (int32 half = 0; half < 2; ++half)
       if (fragment_column() == 0) {
-        shared_store(shared.row(place.part, place.row(r, half)), maxima[r][half]);
+        shared_store(shared.row(shared.maxima, place.part, place.row(r, half)), maxima[r][half]);
       }
   sync_block();  // all parts' maxima are there
 #pragma unroll
@@ -210,25 +207,27 @@ DEVICE void gather_maxima(float (&maxima)[row_tiles][2],
     for (int32 half = 0; half < 2; ++half)
 #pragma unroll
       for (int32 part = 0; part < Shape::parts; ++part)
-        maxima[r][half] = fmaxf(maxima[r][half], shared_load(shared.row(part, place.row(r, half))));
+        maxima[r][half] = fmaxf(maxima[r][half],
+                                shared_load(shared.row(shared.maxima, part, place.row(r, half))));
 }
 
-// P of this warp's keys, for all warps of its rows.
-DEVICE void exponentiate_part(WarpState& state, const float (&scores)[row_tiles][key_tiles][4],
+// P of this warp's keys, for all warps of its rows; sums are those of this lane.
+DEVICE void exponentiate_part(float (&sums)[row_tiles][2], const float (&maxima)[row_tiles][2],
+                              const float (&scores)[row_tiles][key_tiles][4], float scale,
                               const Shared& shared, const WarpPlace& place) {
   const PTile p{shared.p};
 #pragma unroll
   for (int32 r = 0; r < row_tiles; ++r)
 #pragma unroll
     for (int32 half = 0; half < 2; ++half) {
-      const float maximum = state.rows.maximum[r][half];
-      const float shift = maximum == -infinity() ? 0.f : maximum * state.scale;
+      const float maximum = maxima[r][half];
+      const float shift = maximum == -infinity() ? 0.f : maximum * scale;
 #pragma unroll
       for (int32 c = 0; c < key_tiles; ++c) {
         const float (&score)[4] = scores[r][c];
-        const float first = exp2_approximate(fmaf(score[half * 2], state.scale, -shift));
-        const float second = exp2_approximate(fmaf(score[half * 2 + 1], state.scale, -shift));
-        state.rows.sum[r][half] += first + second;
+        const float first = exp2_approximate(fmaf(score[half * 2], scale, -shift));
+        const float second = exp2_approximate(fmaf(score[half * 2 + 1], scale, -shift));
+        sums[r][half] += first + second;
         shared_store(
             p.at(0, place.row(r, half), place.part * key_tiles + c) + fragment_column() * 2,
             pack(first, second, Input{}));
@@ -251,35 +250,64 @@ DEVICE void multiply_v(WarpState& state, const Shared& shared, SharedAddress sta
   }
 }
 
-DEVICE void compute_tile(WarpState& state, const Keys& keys, const RowVisibility& visibility,
-                         const Shared& shared, int32 visit) {
+// Leave the sums of this warp's keys for the other warps of its rows.
+DEVICE void publish_sums(const RowStatistics<row_tiles>& tile, const Shared& shared,
+                         const WarpPlace& place) {
+#pragma unroll
+  for (int32 r = 0; r < row_tiles; ++r)
+#pragma unroll
+    for (int32 half = 0; half < 2; ++half) {
+      const float sum = quad_sum(tile.sum[r][half]);
+      if (fragment_column() == 0) {
+        shared_store(shared.row(shared.sums, place.part, place.row(r, half)), sum);
+      }
+    }
+}
+
+DEVICE void compute_tile(WarpState& state, const AttentionParams& params, const Keys& keys,
+                         const RowVisibility& visibility, const Shared& shared, int32 visit) {
   const WarpPlace place;
   const SharedAddress stage = shared.stage(visit);
   float scores[row_tiles][key_tiles][4];
   multiply_q(scores, state, shared, stage, place);
   mask(scores, keys, visibility, visit, place);
-  float maxima[row_tiles][2], shrink[row_tiles][2];
+  float maxima[row_tiles][2];
   gather_maxima(maxima, scores, shared, place);
-  raise_maxima(state.rows, shrink, maxima, state.scale);
-  exponentiate_part(state, scores, shared, place);
-  if (some_shrink(shrink)) shrink_output(state.output, shrink);
-  sync_block();  // all of P is there
-  multiply_v(state, shared, stage, place);
+  const auto is_kept = [&] {
+    return !state.votes.leave_out(state.rows, maxima, params, shared, place, keys.order, visit,
+                                  state.scale);
+  };
+  bool kept = true;
+  float shrink[row_tiles][2];
+  RowStatistics<row_tiles> tile;
+  if constexpr (config.masses) {
+    larger(tile.maximum, state.rows.maximum, maxima);
+    exponentiate_part(tile.sum, tile.maximum, scores, state.scale, shared, place);
+    publish_sums(tile, shared, place);
+    sync_block();  // all of P and all sums are there
+    kept = is_kept();
+    if (kept) raise_maxima(state.rows, shrink, maxima, state.scale);
+  } else {
+    if constexpr (config.skip_softmax) kept = is_kept();
+    if (kept) {
+      raise_maxima(state.rows, shrink, maxima, state.scale);
+      exponentiate_part(tile.sum, state.rows.maximum, scores, state.scale, shared, place);
+    }
+  }
+  if (kept) {
+    add_sums(state.rows, tile);
+    if (some_shrink(shrink)) shrink_output(state.output, shrink);
+  }
+  if constexpr (!config.masses) sync_block();  // all of P is there
+  if (kept) multiply_v(state, shared, stage, place);
 }
 
 // --- The end of an item.
 
 // Sums over all keys, of this warp's rows.
 DEVICE void gather_sums(WarpState& state, const Shared& shared, const WarpPlace& place) {
-#pragma unroll
-  for (int32 r = 0; r < row_tiles; ++r)
-#pragma unroll
-    for (int32 half = 0; half < 2; ++half) {
-      const float sum = quad_sum(state.rows.sum[r][half]);
-      if (fragment_column() == 0) {
-        shared_store(shared.row(place.part, place.row(r, half)), sum);
-      }
-    }
+  if constexpr (config.masses) sync_block();  // nobody reads those of the last tile
+  publish_sums(state.rows, shared, place);
   sync_block();  // all parts' sums are there
 #pragma unroll
   for (int32 r = 0; r < row_tiles; ++r)
@@ -288,7 +316,7 @@ DEVICE void gather_sums(WarpState& state, const Shared& shared, const WarpPlace&
       state.rows.sum[r][half] = 0.f;
 #pragma unroll
       for (int32 part = 0; part < Shape::parts; ++part)
-        state.rows.sum[r][half] += shared_load(shared.row(part, place.row(r, half)));
+        state.rows.sum[r][half] += shared_load(shared.row(shared.sums, part, place.row(r, half)));
     }
 }
 
@@ -303,7 +331,7 @@ DEVICE void store_row(Target* target, const float (&output)[value_tiles][4], int
 
 DEVICE void write_rows(const WarpState& state, const AttentionParams& params,
                        const DecodeWork& work, const GlobalParts& parts, const WarpPlace& place) {
-  Finish finish{.scale = state.scale,
+  Finish finish{.scale = 1.f,
                 .out_scale = params.out_scale_array ? *params.out_scale_array : params.out_scale,
                 .has_sink = params.sinks != nullptr,
                 .sink = 0.f};
@@ -314,18 +342,26 @@ DEVICE void write_rows(const WarpState& state, const AttentionParams& params,
 #pragma unroll
     for (int32 half = 0; half < 2; ++half) {
       const int32 row = place.row(r, half);
+      PartialRow own{state.rows.maximum[r][half] * state.scale, state.rows.sum[r][half],
+                     -infinity(), 0.f};
+      if constexpr (config.masses) {
+        state.votes.account(own, r, half, state.scale);
+      }
       if (row >= work.rows) continue;
-      const float maximum = state.rows.maximum[r][half], sum = state.rows.sum[r][half];
       if (work.splits > 1) {
         const int64 part = parts.row(work.split) + row;
-        if (leads) parts.rows[part] = {maximum * state.scale, sum, -infinity(), 0.f};
+        if (leads) parts.rows[part] = own;
         store_row(parts.out + part * config.latent + column, state.output[r], half, 1.f);
         continue;
       }
       const QueryRow query = row_of(params, work, row);
       if (params.sinks) finish.sink = params.sinks[query.head] * log2_e;
-      const RowResult result = finish_row(maximum, sum, finish);
-      if (leads && params.lse) params.lse[query.in(params.lse_strides, params)] = result.lse;
+      const RowResult result = finish_row(own.maximum, own.sum, finish);
+      const int64 statistic = query.in(params.lse_strides, params);
+      if (leads && params.lse) params.lse[statistic] = result.lse;
+      if (config.masses && leads && params.dropped_mass) {
+        params.dropped_mass[statistic] = dropped_share(own, finish);
+      }
       Output* out = static_cast<Output*>(params.out) + query.in(params.out_strides, params);
       store_row(out + column, state.output[r], half, result.factor);
     }
@@ -364,17 +400,23 @@ DEVICE void run(const AttentionParams& params, const Shared& shared, const Sched
   WarpState state;
   state.scale = (params.scale_array ? *params.scale_array : params.scale) * log2_e;
   clear(state.output);
+  if constexpr (config.skip_softmax) {
+    state.votes.begin(state.rows, params, of_request(params, work), WarpPlace(), state.scale);
+  }
   cp_async_wait<config.stages - 1>();  // this thread's part of Q has landed
   sync_block();                        // everyone's has, and nobody reads sums of the item before
   keep_q(state, shared, WarpPlace());
-  for (int32 visit = 0; visit < keys.tiles(); ++visit) {
+  for (int32 visit = 0; visit < keys.visits(); ++visit) {
     cp_async_wait<config.stages - 2>();  // this thread's part of the tile has landed
     sync_block();  // everyone's has, and nobody reads the tile before, or Q in its place
     loader.request({shared.stage(visit + config.stages - 1)});
     cp_async_commit();
-    compute_tile(state, keys, visibility, shared, visit);
+    compute_tile(state, params, keys, visibility, shared, visit);
   }
   const WarpPlace place;
+  if constexpr (config.skip_softmax) {
+    state.votes.report(params, of_request(params, work), place, keys.order.deal.count);
+  }
   gather_sums(state, shared, place);
   if (work.splits == 1) {
     write_rows(state, params, work, {}, place);

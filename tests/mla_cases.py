@@ -118,7 +118,10 @@ NOWHERE = (-1, -(2**31), 2**31 - 1)  # and the number of slots
 
 
 def chosen(case: MlaCase, rng: np.random.Generator, tables: Array, pages: int) -> Array:
-    """Each token's list: any keys of its request, some nowhere; behind its end, poisoned slots."""
+    """Each token's list: any keys of its request, some nowhere; behind its end, poisoned slots.
+
+    Keys of structured data are in order, so that tiles of entries differ in weight too.
+    """
     size, slots = case.page_size, pages * case.page_size
     places = []
     for (_, kv_len), table in zip(case.lengths, tables, strict=True):
@@ -130,7 +133,8 @@ def chosen(case: MlaCase, rng: np.random.Generator, tables: Array, pages: int) -
         for token in range(q_len):
             entries = rng.choice(poisoned, case.top_k)
             count = min(max(kv_len - q_len + token + 1, 0), case.top_k)
-            entries[:count] = rng.choice(own, count) if count else 0
+            picked = rng.choice(len(own), count) if count else np.zeros(0, int)
+            entries[:count] = own[np.sort(picked) if case.data == "structured" else picked]
             some = rng.random(count) < 0.2
             entries[:count][some] = rng.choice([*NOWHERE, slots], some.sum())
             lists.append(entries)

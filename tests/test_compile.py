@@ -67,6 +67,8 @@ def compiled_here(job: Job) -> bool:
         here = job.arch == "sm_90a" or any(f"head_dim_qk={d}" in job.label for d in (64, 128, 256))
         return usual or (here and not half)
     if job.kernel == "mla_decode_sm80":  # shipped for sm_90a with lists of keys only
+        if "skip_softmax" in job.label and job.arch not in ("sm_90a", "sm_120"):
+            return False  # the two targets where registers are scarcest
         return not half and (job.arch == "sm_90a" or "sparse" not in job.label)
     return job.arch == "sm_90a" or not half or usual
 

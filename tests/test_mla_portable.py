@@ -17,6 +17,7 @@ from compare import assert_same_bits
 from mla_cases import (
     PAIRS,
     RAGGED,
+    SHORT,
     SPARSE,
     UNEVEN,
     USUAL,
@@ -24,8 +25,9 @@ from mla_cases import (
     mla_call,
     ones,
 )
+from skip_checks import check_against_replay
 from test_decode import assert_same, with_arrays
-from test_emulator_decode import On, by_order
+from test_emulator_decode import CLOSE, On, by_order
 from test_emulator_prefill import ORDERS, card
 from test_mla_decode import refused
 
@@ -122,11 +124,34 @@ def test_other_architectures(arch: str, case: MlaCase) -> None:
     assert {launch.bank_conflicts for launch in launches} == {0}
 
 
+# Votes of 16 rows, of two times 16, and of 32; keys and lists, merged by a block and apart.
+# The first token sees a tile less than the second.
+FEW = replace(SHORT, lengths=((2, 449), (0, 3)), form="ragged")
+SKIPS: list[tuple[str, MlaCase, dict[str, Any]]] = [
+    ("sm_80", replace(FEW, q_heads=8), {"max_dropped_mass": 0.3, "certificate": True}),
+    ("sm_86", replace(FEW, q_heads=20, top_k=320), {"threshold": 0.1}),
+    ("sm_80", replace(FEW, q_heads=40), {"threshold": 0.1, "certificate": True}),
+]
+
+
+@pytest.mark.emulator
+@pytest.mark.parametrize("options", ORDERS[:2], ids=by_order)
+@pytest.mark.parametrize(("arch", "case", "skip"), SKIPS, ids=str)
+def test_no_race_with_skipping(
+    arch: str, case: MlaCase, skip: dict[str, Any], options: dict[str, Any]
+) -> None:
+    there = card(arch)
+    with emulator.enabled(race=True, device=there, **options) as launches:
+        check_against_replay(On(there), mla_call(case), margin=CLOSE, **skip)
+    assert {launch.bank_conflicts for launch in launches} == {0}
+
+
 def run_races() -> None:
     """Every one of them once, without looking at the results."""
-    for arch, case in OTHERS:
+    for arch, case, *rule in (*OTHERS, *SKIPS):
+        skip = cuattn.SkipSoftmax(**rule[0], stats=cuattn.SkipStats()) if rule else None
         with emulator.enabled(device=card(arch)):
-            On(card(arch)).run(mla_call(case))
+            On(card(arch)).run(mla_call(case), skip_softmax=skip)
 
 
 @pytest.mark.emulator
@@ -178,9 +203,16 @@ def test_hopper_has_its_kernel_and_all_have_the_other(arch: str) -> None:
         assert plan.kernel == (_heuristics.MLA_HOPPER if gathers else _heuristics.MLA_PORTABLE)
 
 
-def test_no_rule_is_silently_ignored() -> None:
-    with pytest.raises(ValueError, match=r"skip_softmax is given.*mla_decode_sm80.*wanted None"):
-        plan_of(USUAL, "sm_80", SkipMode("threshold", False))
+@pytest.mark.parametrize("arch", sorted(_heuristics.SHARED_MEMORY))
+def test_every_rule_has_a_kernel_with_the_tiles_of_the_dense_one(arch: str) -> None:
+    for case in (MlaCase(page_size=8), MlaCase(page_size=8, q_heads=128)):
+        dense = plan_of(case, arch)
+        for skip in (SkipMode("threshold", False), SkipMode("dropped_mass", False)):
+            plan = plan_of(case, arch, skip)
+            assert plan.config.skip_softmax and plan.kernel == _heuristics.MLA_PORTABLE
+            assert plan.geometry == dense.geometry and plan.grid == dense.grid
+            assert plan.geometry.block_rows == plan.config.rows
+            assert plan.shared_memory <= _heuristics.SHARED_MEMORY[arch]
 
 
 @pytest.mark.parametrize("rows", [16, 32, 64])

@@ -1,8 +1,12 @@
-"""Skip-softmax in MLA decode: the tiles of the replay, counted exactly, and its legal corners."""
+"""Skip-softmax in MLA decode: the tiles of the replay, counted exactly, and its legal corners.
+
+Of Hopper's kernel where there is one, and of the portable kernel in the emulator.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -13,6 +17,8 @@ from compare import assert_same_bits
 from mla_cases import LONG, SHORT, MlaCase, mla_call, ones
 from skip_checks import SAFE_MARGIN, Array, check_against_replay, counts, threshold_for
 from test_decode_mass import MARGIN, assert_within, bound_near
+from test_emulator_decode import On
+from test_emulator_prefill import card
 
 import cuattn
 from cuattn import emulator
@@ -22,6 +28,31 @@ TOKENS = replace(LONG, lengths=((4, 900),), form="tokens", q_heads=20)  # two bl
 UNEVEN = replace(
     LONG, lengths=((0, 9), (2, 800), (1, 64), (3, 1)), form="ragged", q_heads=40, sinks=True
 )
+
+WIDE = replace(LONG, q_heads=40)  # two votes of a portable block
+# Lists shorter than their requests, by two votes of 16 rows; tokens of no request.
+LISTS = replace(
+    LONG, lengths=((2, 900), (3, 500), (0, 5)), form="ragged", q_heads=20, top_k=640, sinks=True
+)
+
+
+@pytest.fixture
+def kernel(request: pytest.FixtureRequest, device: Any) -> Iterator[Any]:
+    """A device that has Hopper's kernel, or the emulator as one that has the portable kernel."""
+    if request.param == "sm_90a":
+        if device.current().capability != (9, 0):
+            pytest.skip("the device is not Hopper")
+        yield device
+        return
+    with emulator.enabled(race=True, device=card(request.param)) as launches:
+        yield On(card(request.param))
+    assert launches and not any(launch.bank_conflicts for launch in launches)
+
+
+def on(arch: str, *given: Any) -> Any:
+    """Parameters of a test that has the fixture `kernel`."""
+    marks = [] if arch == "sm_90a" else [pytest.mark.emulator]
+    return pytest.param(arch, *given, marks=marks, id="-".join(map(str, (arch, *given))))
 
 
 def level_for(call: Call, geometry: Any, share: float) -> float:
@@ -39,34 +70,55 @@ def flat(tiles: int) -> Call:
 
 
 @pytest.mark.parametrize(
-    ("case", "share"), [(LONG, 0.2), (LONG, 0.5), (TOKENS, 0.4), (UNEVEN, 0.4)], ids=str
+    ("kernel", "case", "share"),
+    [
+        *(on("sm_90a", *x) for x in ((LONG, 0.2), (LONG, 0.5), (TOKENS, 0.4), (UNEVEN, 0.4))),
+        *(on("sm_80", *x) for x in ((WIDE, 0.2), (TOKENS, 0.5), (UNEVEN, 0.4))),
+        *(on("sm_86", LISTS, share) for share in (0.2, 0.5)),
+    ],
+    indirect=["kernel"],
 )
-def test_skips_the_same_tiles(hopper: Any, case: MlaCase, share: float) -> None:
+def test_skips_the_same_tiles(kernel: Any, case: MlaCase, share: float) -> None:
     call = mla_call(case)
-    check_against_replay(hopper, call, threshold=level_for(call, hopper.geometry(call), share))
+    check_against_replay(kernel, call, threshold=level_for(call, kernel.geometry(call), share))
 
 
-@pytest.mark.parametrize("case", [LONG, TOKENS], ids=str)
-def test_a_certificate_is_the_dropped_share(hopper: Any, case: MlaCase) -> None:
+@pytest.mark.parametrize(
+    ("kernel", "case"),
+    [on("sm_90a", LONG), on("sm_90a", TOKENS), on("sm_80", TOKENS)],
+    indirect=["kernel"],
+)
+def test_a_certificate_is_the_dropped_share(kernel: Any, case: MlaCase) -> None:
     call = mla_call(case)
-    level = level_for(call, hopper.geometry(call), 0.4)
-    check_against_replay(hopper, call, certificate=True, threshold=level)
+    level = level_for(call, kernel.geometry(call), 0.4)
+    check_against_replay(kernel, call, certificate=True, threshold=level)
 
 
-@pytest.mark.parametrize(("case", "bound"), [(LONG, 0.05), (LONG, 0.3), (UNEVEN, 0.3)], ids=str)
-def test_dropped_mass_stays_below_its_bound(hopper: Any, case: MlaCase, bound: float) -> None:
+@pytest.mark.parametrize(
+    ("kernel", "case", "bound"),
+    [
+        *(on("sm_90a", *x) for x in ((LONG, 0.05), (LONG, 0.3), (UNEVEN, 0.3))),
+        *(on("sm_80", *x) for x in ((UNEVEN, 0.3), (TOKENS, 0.1))),
+    ],
+    indirect=["kernel"],
+)
+def test_dropped_mass_stays_below_its_bound(kernel: Any, case: MlaCase, bound: float) -> None:
     call = mla_call(case)
-    bound = bound_near(call, hopper.geometry(call, max_dropped_mass=bound), bound)
-    check_against_replay(hopper, call, certificate=True, margin=MARGIN, max_dropped_mass=bound)
+    bound = bound_near(call, kernel.geometry(call, max_dropped_mass=bound), bound)
+    check_against_replay(kernel, call, certificate=True, margin=MARGIN, max_dropped_mass=bound)
     skip = cuattn.SkipSoftmax(max_dropped_mass=bound, certificate=True)
     if not case.sinks:
-        assert_within(call, hopper.run(call, skip_softmax=skip), bound)
+        assert_within(call, kernel.run(call, skip_softmax=skip), bound)
 
 
-@pytest.mark.parametrize("case", [LONG, UNEVEN], ids=str)
-def test_thresholds_that_skip_nothing_give_the_dense_bits(hopper: Any, case: MlaCase) -> None:
+@pytest.mark.parametrize(
+    ("kernel", "case"),
+    [on("sm_90a", LONG), on("sm_90a", UNEVEN), on("sm_80", UNEVEN)],
+    indirect=["kernel"],
+)
+def test_thresholds_that_skip_nothing_give_the_dense_bits(kernel: Any, case: MlaCase) -> None:
     call = mla_call(case)
-    dense = hopper.run(call)
+    dense = kernel.run(call)
     stats = cuattn.SkipStats()
     for fields in (
         {"threshold_scale_factor": 1e-30},
@@ -74,42 +126,48 @@ def test_thresholds_that_skip_nothing_give_the_dense_bits(hopper: Any, case: Mla
         {"threshold": 0.0, "certificate": True},
         {"max_dropped_mass": 0.0},
     ):
-        outcome = hopper.run(call, skip_softmax=cuattn.SkipSoftmax(**fields, stats=stats))
+        outcome = kernel.run(call, skip_softmax=cuattn.SkipSoftmax(**fields, stats=stats))
         assert_same_bits(outcome.out, dense.out, fields)
         assert_same_bits(outcome.lse, dense.lse, fields)
     assert stats.visited and not stats.skipped
 
 
-def test_half_of_equal_keys_takes_ln_2_off_lse(hopper: Any) -> None:
+@pytest.mark.parametrize("kernel", [on("sm_90a")], indirect=True)
+def test_half_of_equal_keys_takes_ln_2_off_lse(kernel: Any) -> None:
     """λ = 2 drops all tiles but the seeds, and their values; with λ = 1 equal keys stay."""
     call = flat(4)
-    dense = hopper.run(call)
+    dense = kernel.run(call)
     np.testing.assert_array_equal(dense.out, 0)
     stats = cuattn.SkipStats()
     skip = cuattn.SkipSoftmax(threshold=2.0, unsafe=True, stats=stats, certificate=True)
-    cut = hopper.run(call, skip_softmax=skip)
+    cut = kernel.run(call, skip_softmax=skip)
     np.testing.assert_array_equal(cut.out, 1)
     np.testing.assert_allclose(dense.lse - cut.lse, math.log(2), atol=5e-6)
     np.testing.assert_allclose(cut.dropped_mass, 0.5, rtol=1e-5)
     assert (stats.visited, stats.skipped) == (4 * 16, 2 * 16)
     stats.reset()
     skip = cuattn.SkipSoftmax(threshold=1.0, unsafe=True, stats=stats)
-    assert_same_bits(hopper.run(call, skip_softmax=skip).out, dense.out, call.case)
+    assert_same_bits(kernel.run(call, skip_softmax=skip).out, dense.out, call.case)
     assert (stats.visited, stats.skipped) == (4 * 16, 0)
 
 
-def test_thresholds_by_request_and_head(hopper: Any) -> None:
-    """Live numbers; a head that may skip nothing holds back all others of its block."""
-    call = mla_call(LONG)
-    level = level_for(call, hopper.geometry(call), 0.4)
-    table: Array = np.full((2, 32), level, np.float32)[:, ::2]
+@pytest.mark.parametrize(
+    ("kernel", "case"), [on("sm_90a", LONG), on("sm_80", WIDE)], indirect=["kernel"]
+)
+def test_thresholds_by_request_and_head(kernel: Any, case: MlaCase) -> None:
+    """Live numbers; a head that may skip nothing holds back all others of its vote."""
+    call = mla_call(case)
+    geometry = kernel.geometry(call)
+    level = level_for(call, geometry, 0.4)
+    table: Array = np.full((2, 2 * case.q_heads), level, np.float32)[:, ::2]
     table[1, 5] = 0.0
-    skipped = check_against_replay(hopper, call, threshold=table)
-    assert skipped[0].all() and not skipped[1].any()
+    skipped = check_against_replay(kernel, call, threshold=table)
+    assert skipped[0].all() and not skipped[1, : geometry.rows_per_vote].any()
+    assert skipped[1, geometry.rows_per_vote :].all()
     table[1, 5] = np.nan  # ineligible: counted, and an objection to everything
     stats = cuattn.SkipStats()
-    hopper.run(
-        call, skip_softmax=cuattn.SkipSoftmax(threshold=hopper.to_device(table), stats=stats)
+    kernel.run(
+        call, skip_softmax=cuattn.SkipSoftmax(threshold=kernel.to_device(table), stats=stats)
     )
     seen = counts(stats)
     np.testing.assert_array_equal(seen["skipped"], skipped)
@@ -117,18 +175,21 @@ def test_thresholds_by_request_and_head(hopper: Any) -> None:
     assert seen["ineligible"].sum() == seen["ineligible"][1, 5]
 
 
-def test_a_scale_factor_is_divided_by_each_length(hopper: Any) -> None:
-    """λ of 1 or more does not skip: the short request is left whole."""
-    call = mla_call(LONG)
-    geometry = hopper.geometry(call)
-    factor = 1500 * level_for(call, geometry, 0.5)
+@pytest.mark.parametrize(
+    ("kernel", "case"), [on("sm_90a", LONG), on("sm_86", LISTS)], indirect=["kernel"]
+)
+def test_a_scale_factor_is_divided_by_each_length(kernel: Any, case: MlaCase) -> None:
+    """By that of the request, however long its lists are."""
+    call = mla_call(case)
+    geometry = kernel.geometry(call)
+    factor = case.lengths[0][1] * level_for(call, geometry, 0.5)
     for nudge in np.linspace(0.8, 1.2, 60):  # to a factor that suits both lengths
         skip = numpy_skip(threshold_scale_factor=float(nudge * factor))
         if call.reference(geometry=geometry, skip_softmax=skip).margin > SAFE_MARGIN:
             break
-    skipped = check_against_replay(hopper, call, threshold_scale_factor=skip.threshold_scale_factor)
+    skipped = check_against_replay(kernel, call, threshold_scale_factor=skip.threshold_scale_factor)
     assert skipped[0].any()
-    assert float(skip.threshold_scale_factor) < 1500
+    assert float(skip.threshold_scale_factor) < case.lengths[0][1]
 
 
 def test_what_is_returned_with_a_certificate(hopper: Any) -> None:

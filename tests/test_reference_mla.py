@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 import pytest
+from cases import numpy_skip
 from numpy.typing import NDArray
 
 from cuattn import reference
+from cuattn._records import MlaGeometry, SplitRule
 
 Array = NDArray[Any]
 
@@ -218,6 +220,61 @@ def test_rows_without_a_key(top_k: int, sinks: Array | None) -> None:
         (requests.decode(sinks=sinks), [1, 2, 6]),
     ):
         assert (result.out[rows] == 0).all() and (result.lse[rows] == -np.inf).all()
+
+
+# Three splits of the request of 61 keys, at most two of the others; two votes to a block.
+GEOMETRY = MlaGeometry(2, 4, 1, SplitRule(1 / 60, 20, True), votes=2)
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [{"threshold": 0.1}, {"threshold_scale_factor": 4.0}, {"max_dropped_mass": 0.3}],
+    ids=str,
+)
+def test_lists_of_all_keys_skip_what_tables_do(rule: dict[str, float]) -> None:
+    """One token each, so that no request's tokens are a block together."""
+    requests = Requests.normal([(1, n) for n in (40, 61, 0, 9, 33)])
+    replay = {"skip_softmax": numpy_skip(**rule), "geometry": GEOMETRY}
+    dense = requests.decode(**replay)
+    sparse = requests.decode(sparse_indices=requests.all_indices()[:, 0], **replay)
+    same(sparse, dense)
+    for name in ("visited", "skipped", "ineligible"):
+        np.testing.assert_array_equal(getattr(sparse, name), getattr(dense, name))
+    assert 0 < dense.skipped.sum() < dense.visited.sum()
+    np.testing.assert_allclose(sparse.dropped_mass, dense.dropped_mass, rtol=1e-12)
+
+
+def test_a_list_is_judged_by_the_length_of_its_request() -> None:
+    """Counts of a request are those of its tokens; places that hold no key still are places."""
+    requests = Requests.normal([(2, 61), (3, 50)])
+    indices = requests.all_indices()[..., :32]
+    indices[:, :, 8:12] = -1
+    options = {"sparse_indices": np.concatenate([indices[0, :2], indices[1]]), "geometry": GEOMETRY}
+    by_factor = requests.decode(skip_softmax=numpy_skip(threshold_scale_factor=6.1), **options)
+    by_request = numpy_skip(threshold=np.array([6.1 / 61, 6.1 / 50]))
+    by_threshold = requests.decode(skip_softmax=by_request, **options)
+    np.testing.assert_array_equal(by_factor.skipped, by_threshold.skipped)
+    np.testing.assert_array_equal(by_factor.visited, [[2 * 8] * HEADS, [3 * 8] * HEADS])
+    assert (by_factor.skipped > 0).all() and (by_factor.skipped < by_factor.visited).all()
+
+
+def test_votes_of_a_block_are_held_apart_and_dealt_together() -> None:
+    """The rows of a block decide the splits and the tiles, those of a vote what goes."""
+    requests = Requests.normal([(4, 61), (1, 40)])
+    skip = numpy_skip(threshold=0.2)
+    four = replace(GEOMETRY, splits=SplitRule(1 / 200, 8, False))
+    two = replace(four, votes=1, splits=replace(four.splits, share=four.splits.share / 2))
+    apart, usual = (
+        requests.decode(skip_softmax=skip, geometry=geometry) for geometry in (four, two)
+    )
+    assert 0 < apart.skipped.sum() < apart.visited.sum()
+    np.testing.assert_array_equal(apart.visited, usual.visited)
+    np.testing.assert_array_equal(apart.skipped, usual.skipped)
+    one = replace(four, rows_per_vote=4, votes=1)
+    together = requests.decode(skip_softmax=skip, geometry=one)
+    assert together.skipped.sum() / together.visited.sum() < (
+        apart.skipped.sum() / apart.visited.sum()
+    )
 
 
 @pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])

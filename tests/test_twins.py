@@ -311,7 +311,7 @@ def test_shared_memory_of_portable_mla_is_what_the_kernel_carves(
         [
             *(f"({part}) % 1024 == 0" for part in parts),
             f"({rows_bytes}) % 16 == 0",
-            f"{' + '.join(parts)} + {rows_bytes} + 4 == {tile.shared_memory}",
+            f"{' + '.join(parts)} + 2 * {rows_bytes} + 4 == {tile.shared_memory}",
             f"config.threads() == {tile.threads}",
         ],
         config=tile.define(),

@@ -93,6 +93,9 @@ struct MlaPortableConfig {
   int32 stages = 2;  // tiles of keys in shared memory
   int32 warps = 8;
   bool sparse = false;
+  bool skip_softmax = false;
+  bool masses = false;  // as of decode
+  bool mass_rule = false;
 
   DEVICE constexpr int32 threads() const { return warps * 32; }
 };

@@ -39,11 +39,21 @@ struct MassLedger {
   // Masses of a tile, from sums relative to `maxima` over each lane's own columns.
   DEVICE void weigh(float (&mass)[row_tiles][2], const RowStatistics<row_tiles>& tile,
                     float scale) const {
+    RowStatistics<row_tiles> whole = tile;
+#pragma unroll
+    for (int32 r = 0; r < row_tiles; ++r)
+#pragma unroll
+      for (int32 half = 0; half < 2; ++half) whole.sum[r][half] = quad_sum(tile.sum[r][half]);
+    weigh_whole(mass, whole, scale);
+  }
+  // The same from sums over all columns.
+  DEVICE void weigh_whole(float (&mass)[row_tiles][2], const RowStatistics<row_tiles>& tile,
+                          float scale) const {
 #pragma unroll
     for (int32 r = 0; r < row_tiles; ++r)
 #pragma unroll
       for (int32 half = 0; half < 2; ++half) {
-        const float sum = quad_sum(tile.sum[r][half]);
+        const float sum = tile.sum[r][half];
         const float shift = (tile.maximum[r][half] - reference[r][half]) * scale;
         mass[r][half] = sum == 0.f ? 0.f : sum * exp2_approximate(shift);
       }

@@ -5,39 +5,54 @@
 #include <attention/decode_work.cuh>
 #include <tile/copy.cuh>
 
-// A split's tiles: the last one of all and the first one of all, where they are its own, then the
-// others from the last one down.
-struct EndsFirst {
+// What a split visits: the last tile of all and the first one of all, which are seeds of votes,
+// then its other tiles from the last one down.  Seeds of other splits come before all, if they are
+// scored.
+struct SeedsFirst {
   TileDeal deal;
+  int32 foreign;  // seeds of other splits
 
-  DEVICE int32 step(int32 visit) const {
-    const int32 last = deal.count - 1, second = deal.rank == 0;
-    const bool has_first = deal.tiles() > 1 && deal.rank + last * deal.stride == deal.tiles() - 1;
-    if (!has_first || visit < second) return visit;
-    return visit == second ? last : visit - 1;
+  DEVICE SeedsFirst(const TileDeal& deal, bool seeded) : deal(deal), foreign(0) {
+    if (seeded && deal.count > 0) {
+      foreign = seeds() - (deal.rank == 0) - (deal.tiles() > 1 && owns_first());
+    }
   }
-  DEVICE int32 tile(int32 visit) const { return deal.at(step(visit)); }
+
+  DEVICE int32 seeds() const { return minimum(deal.tiles(), 2); }
+  DEVICE int32 visits() const { return foreign + deal.count; }
+  // Whether the tile of the first keys is this split's.
+  DEVICE bool owns_first() const { return deal.at(deal.count - 1) == deal.first; }
+
+  DEVICE int32 tile(int32 visit) const {
+    if (visit < foreign) return visit == 0 && deal.rank != 0 ? deal.last : deal.first;
+    const int32 own = visit - foreign, second = deal.rank == 0;
+    if (!owns_first() || own < second) return deal.at(own);
+    return own == second ? deal.first : deal.at(own - 1);
+  }
 };
 
 template <MlaPortableConfig config>
 struct MlaKeys {
   const AttentionParams& params;
-  const int32* table;  // the request's pages; sparse: the token's positions
-  int32 count;         // keys, or entries, that some row sees
-  EndsFirst order;
+  int32 request;  // or token
+  int32 count;    // keys, or entries, that some row sees
+  SeedsFirst order;
 
   DEVICE MlaKeys(const AttentionParams& params, const DecodeWork& work, int32 count)
       : params(params),
-        table(params.block_tables + work.request * params.block_table_stride),
+        request(work.request),
         count(count),
-        order{TileDeal({0, count}, config.block_kv, work.split, work.splits)} {}
+        order(TileDeal({0, count}, config.block_kv, work.split, work.splits), config.skip_softmax) {
+  }
 
-  DEVICE int32 tiles() const { return order.deal.count; }
+  DEVICE int32 visits() const { return order.visits(); }
   DEVICE int32 first_key(int32 visit) const { return order.tile(visit) * config.block_kv; }
 
   // The page of a key, or its position in the cache; −1: nowhere.
   DEVICE int32 entry(int32 key) const {
     if (key >= count) return -1;
+    // The request's pages, or the token's positions.
+    const int32* table = params.block_tables + recomputed(request) * params.block_table_stride;
     const int32 found = table[config.sparse ? key : key >> params.page_shift];
     const int32 page = config.sparse ? found >> params.page_shift : found;
     return uint32(page) < uint32(params.pages) ? found : -1;
@@ -68,14 +83,14 @@ struct MlaLoader {
     return int32(recomputed(thread_index())) / 8 + pass * rows_at_once;
   }
   DEVICE void look_up() {
-    if (next >= keys.tiles()) return;
+    if (next >= keys.visits()) return;
     const int32 first_key = keys.first_key(next);
 #pragma unroll
     for (int32 pass = 0; pass < passes; ++pass)
       entries[pass] = keys.entry(first_key + row_of(pass));
   }
   DEVICE void request(Tile tile) {
-    if (next >= keys.tiles()) return;
+    if (next >= keys.visits()) return;
     const int32 column = thread_index() % 8, first_key = keys.first_key(next);
 #pragma unroll
     for (int32 pass = 0; pass < passes; ++pass) {

@@ -30,11 +30,12 @@ DEVICE float row_threshold(const AttentionParams& params, int32 request, int32 h
   return SkipRule(skip_lambda(params, request, head, kv_len), scale).threshold;
 }
 
-// Add a block's counts to those of every head that has a row in it; by `threads` threads.
+// Add a vote's counts to those of every head that has a row in it; by `threads` threads, of which
+// this one is number `thread`.
 template <bool mass_rule, int32 threads>
 DEVICE void report_block(const AttentionParams& params, const DecodeWork& work, int32 visited,
-                         uint32 skipped) {
-  for (int32 i = thread_index(); i < minimum(work.rows, params.group); i += threads) {
+                         uint32 skipped, int32 thread = thread_index()) {
+  for (int32 i = thread; i < minimum(work.rows, params.group); i += threads) {
     const int32 head = work.kv_head * params.group + (work.first_row + i) % params.group;
     const bool ineligible =
         !mass_rule && skip_lambda(params, work.request, head, work.kv_len) < 0.f;
