@@ -54,22 +54,32 @@ extern "C" __global__ void __launch_bounds__(1024, 2) spilling(float* x) {
 SHIPPED = _cli_compile.shipped(_cli_compile.ARCHS)
 
 
-# Half of what is shipped.  float16 differs from bfloat16 in the operand types of mma and cvt alone,
-# which take no other registers: it is compiled where the head dimension is 128, and prefill for one
-# target everywhere.  Decode has half of its dimensions for the other targets.  sm_89 takes the
-# registers of sm_86, in each of 82 configurations of the three attention kernels.
+# Part of what is shipped.  float16 differs from bfloat16 in the operand types of mma and cvt alone,
+# which take no other registers: it is compiled where the head dimension is 128.  Prefill has all
+# options for one target, for the others those that take the most registers.  Decode has half of its
+# dimensions for the others.  sm_89 takes the registers of sm_86, in each of 82 configurations of the
+# three attention kernels.
 def compiled_here(job: Job) -> bool:
     """Say whether a shipped configuration is compiled here."""
-    usual, half = "head_dim_qk=128" in job.label, "float16" in job.label.split()
+    words = job.label.split()
+    usual, half = "head_dim_qk=128" in words, "float16" in words
+    options = {"paged", "soft_cap", "skip_softmax"} & set(words)
     if job.arch == "sm_89" and "head_dim_qk" in job.label and not (usual and not half):
         return False
+    if job.kernel == "fmha_sm80":
+        hungry = options in (
+            set(),
+            {"paged", "skip_softmax"},
+            {"paged", "soft_cap", "skip_softmax"},
+        )
+        return usual or (not half and (job.arch == "sm_90a" or hungry))
     if job.kernel == "decode":
-        here = job.arch == "sm_90a" or any(f"head_dim_qk={d}" in job.label for d in (64, 128, 256))
+        here = job.arch == "sm_90a" or any(f"head_dim_qk={d}" in words for d in (64, 128, 256))
         return usual or (here and not half)
     if job.kernel == "mla_decode_sm80":  # shipped for sm_90a with lists of keys only
-        if "skip_softmax" in job.label and job.arch not in ("sm_90a", "sm_120"):
+        if "skip_softmax" in words and job.arch not in ("sm_90a", "sm_120"):
             return False  # the two targets where registers are scarcest
-        return not half and (job.arch == "sm_90a" or "sparse" not in job.label)
+        return not half and (job.arch == "sm_90a" or "sparse" not in words)
     return job.arch == "sm_90a" or not half or usual
 
 
