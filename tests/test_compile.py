@@ -57,8 +57,8 @@ SHIPPED = _cli_compile.shipped(_cli_compile.ARCHS)
 # Part of what is shipped.  float16 differs from bfloat16 in the operand types of mma and cvt alone,
 # which take no other registers: it is compiled where the head dimension is 128.  Prefill has all
 # options for one target, for the others those that take the most registers.  Decode has half of its
-# dimensions for the others.  sm_89 takes the registers of sm_86, in each of 82 configurations of the
-# three attention kernels.
+# dimensions for the others.  sm_89 takes the registers of sm_86, in each of 82 configurations
+# of the three attention kernels.
 def compiled_here(job: Job) -> bool:
     """Say whether a shipped configuration is compiled here."""
     words = job.label.split()
