@@ -57,6 +57,7 @@ RACES: dict[str, Race] = {
 SKIPS: dict[str, Race] = {
     "threshold": Race(mla_call(SHORT), {"threshold": 0.3}, ONE),
     "mass": Race(mla_call(SHORT), {"max_dropped_mass": 0.1, "certificate": True}),
+    "mass-one-split": Race(mla_call(SHORT), {"max_dropped_mass": 0.1, "certificate": True}, ONE),
 }
 
 
