@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any, NamedTuple, Protocol
@@ -82,7 +83,7 @@ def engine_of(group: Any, timeout: float | None) -> Engine:
     )
 
 
-class _Packed:
+class _Packed(ABC):
     """What the engines of PyTorch and CuPy share."""
 
     rank: int
@@ -138,14 +139,17 @@ class _Packed:
         )
         return RuntimeError(self._lost)
 
+    @abstractmethod
     def _gather_bytes(self, mine: np.ndarray) -> np.ndarray:
-        raise NotImplementedError
+        """Return the bytes of every rank, ``[rank, byte]``."""
 
+    @abstractmethod
     def _gather(self, mine: Any, everyone: Any) -> None:
-        raise NotImplementedError
+        """Write what every rank has into `everyone`, ``[rank, …]``."""
 
+    @abstractmethod
     def _empty(self, shape: tuple[int, ...], dtype: str) -> Any:
-        raise NotImplementedError
+        """Return an array of the framework's, whose values are not set."""
 
 
 def _views_of(packed: Any, shape: tuple[int, ...]) -> tuple[Any, Any]:
