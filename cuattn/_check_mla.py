@@ -69,9 +69,10 @@ def mla_decode_sparse(
     return replace(problem, sparse=True)
 
 
-def unread_tables(block_tables: View, seq_lens: View, q: View) -> None:
-    """Check tables that a call with sparse_indices was given as well."""
-    _check.tables(block_tables, seq_lens, q)
+def keys_given(block_tables: Any, sparse_indices: Any) -> None:
+    """Raise TypeError unless one of the two says where keys lie."""
+    if block_tables is None and sparse_indices is None:
+        raise TypeError("block_tables is None without sparse_indices; wanted int32 arrays of pages")
 
 
 def _values(latent: int | None, q: View, kv_cache: View, ragged: bool, options: Options) -> View:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Any
 
 STAGES = 2  # tiles of K and V in flight, fmha_sm80.cu, fmha_sm90.cu; slots of a warp, decode.cu
 GROUP_ROWS = 64  # query rows of a warp-group
@@ -11,7 +10,16 @@ CHUNK = 64  # columns of one swizzled chunk of shared memory, tile/swizzle.cuh
 
 
 @dataclass(frozen=True, slots=True)
-class FmhaConfig:
+class KernelConfig:
+    """What a kernel is compiled with: the fields of its C++ struct, by the same names."""
+
+    def define(self) -> str:
+        """Return the designated initialisers that stand behind ``-DCUATTN_CONFIG=``."""
+        return ", ".join(f".{f.name}={_literal(getattr(self, f.name))}" for f in fields(self))
+
+
+@dataclass(frozen=True, slots=True)
+class FmhaConfig(KernelConfig):
     """Configuration of a prefill kernel; defaults are those of the C++ struct."""
 
     element: str = "bfloat16"
@@ -36,13 +44,9 @@ class FmhaConfig:
         qk, v = _row_bytes(self.head_dim_qk), _row_bytes(self.head_dim_v)
         return self.block_q * qk + STAGES * self.block_kv * (qk + v)
 
-    def define(self) -> str:
-        """Return the designated initialisers that stand behind ``-DCUATTN_CONFIG=``."""
-        return _initialisers(self)
-
 
 @dataclass(frozen=True, slots=True)
-class FmhaHopperConfig:
+class FmhaHopperConfig(KernelConfig):
     """Configuration of Hopper's prefill kernel."""
 
     element: str = "bfloat16"
@@ -73,13 +77,9 @@ class FmhaHopperConfig:
         rest = 2 * 32 + self.consumers * 2 * 16 + (4 * STAGES + 3) * 8
         return self.block_q * qk + STAGES * self.block_kv * (qk + v) + rest
 
-    def define(self) -> str:
-        """Return the designated initialisers that stand behind ``-DCUATTN_CONFIG=``."""
-        return _initialisers(self)
-
 
 @dataclass(frozen=True, slots=True)
-class DecodeConfig:
+class DecodeConfig(KernelConfig):
     """Configuration of paged decode."""
 
     element: str = "bfloat16"
@@ -108,13 +108,9 @@ class DecodeConfig:
         rows = self.warps * self.rows
         return self.rows * qk + rings + rows * 16 + rows * 8 + (self.warps + 1) * 4
 
-    def define(self) -> str:
-        """Return the designated initialisers that stand behind ``-DCUATTN_CONFIG=``."""
-        return _initialisers(self)
-
 
 @dataclass(frozen=True, slots=True)
-class MergeSplitsConfig:
+class MergeSplitsConfig(KernelConfig):
     """Configuration of the kernel that merges splits: rows of decode's blocks, columns of O."""
 
     output: str = "bfloat16"
@@ -127,13 +123,9 @@ class MergeSplitsConfig:
         """Threads of a block: a warp to 128 columns."""
         return self.columns // 128 * 32
 
-    def define(self) -> str:
-        """Return the designated initialisers that stand behind ``-DCUATTN_CONFIG=``."""
-        return _initialisers(self)
-
 
 @dataclass(frozen=True, slots=True)
-class MlaConfig:
+class MlaConfig(KernelConfig):
     """Configuration of MLA decode."""
 
     element: str = "bfloat16"
@@ -154,13 +146,9 @@ class MlaConfig:
         """Bytes of a block: three tiles of latent columns, Q's and K's last ones, P, and rows."""
         return 232_032
 
-    def define(self) -> str:
-        """Return the designated initialisers that stand behind ``-DCUATTN_CONFIG=``."""
-        return _initialisers(self)
-
 
 @dataclass(frozen=True, slots=True)
-class MlaPortableConfig:
+class MlaPortableConfig(KernelConfig):
     """Configuration of portable MLA decode."""
 
     element: str = "bfloat16"
@@ -193,18 +181,10 @@ class MlaPortableConfig:
         ring = self.stages * self.block_kv * _row_bytes(self.latent + self.rope)
         return ring + q + self.rows * _row_bytes(self.block_kv) + 2 * parts * self.rows * 4 + 4
 
-    def define(self) -> str:
-        """Return the designated initialisers that stand behind ``-DCUATTN_CONFIG=``."""
-        return _initialisers(self)
-
 
 def _row_bytes(head_dim: int) -> int:
     """Bytes of a row in shared memory."""
     return -(-head_dim // CHUNK) * CHUNK * 2
-
-
-def _initialisers(config: Any) -> str:
-    return ", ".join(f".{f.name}={_literal(getattr(config, f.name))}" for f in fields(config))
 
 
 def _literal(value: str | int | bool) -> str:

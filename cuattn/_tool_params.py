@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from enum import IntEnum
 from itertools import product
 from typing import Any
+
+from ._config import KernelConfig
 
 MOST_PARTS = 32  # of one launch of merge_states
 COLUMNS = 8  # of a thread of merge_states
@@ -22,14 +24,7 @@ SUMS = ("cu_seqlens_q", "cu_seqlens_kv", "cu_seqlens_new")  # in the order of Va
 
 
 @dataclass(frozen=True, slots=True)
-class _Config:
-    def define(self) -> str:
-        """Return the designated initialisers that stand behind ``-DCUATTN_CONFIG=``."""
-        return ", ".join(f".{f.name}={_literal(getattr(self, f.name))}" for f in fields(self))
-
-
-@dataclass(frozen=True, slots=True)
-class AppendConfig(_Config):
+class AppendConfig(KernelConfig):
     """Configuration of append_kv: warps of a block, 16-byte vectors of a lane."""
 
     warps: int = 4
@@ -47,7 +42,7 @@ class AppendConfig(_Config):
 
 
 @dataclass(frozen=True, slots=True)
-class MergeConfig(_Config):
+class MergeConfig(KernelConfig):
     """Configuration of merge_states: dtypes, and whether a launch goes on from another one."""
 
     element: str = "bfloat16"
@@ -57,7 +52,7 @@ class MergeConfig(_Config):
 
 
 @dataclass(frozen=True, slots=True)
-class ValidateConfig(_Config):
+class ValidateConfig(KernelConfig):
     """Configuration of validate: warps of a block."""
 
     warps: int = 4
@@ -66,10 +61,6 @@ class ValidateConfig(_Config):
     def threads(self) -> int:
         """Threads of a block."""
         return self.warps * 32
-
-
-def _literal(value: str | int | bool) -> str:
-    return f"Dtype::{value}" if isinstance(value, str) else str(value).lower()
 
 
 def shipped_configs() -> list[tuple[str, Any]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from . import _call, _check_mla, _check_tools, _ingest
+from . import _call, _check, _check_mla, _check_tools, _ingest
 
 
 def mla_decode(
@@ -131,14 +131,13 @@ def mla_decode(
     lengths = _ingest.view(seq_lens, "seq_lens", launch, q_view)
     latent = _check_mla.latent_dim(latent_dim)
     sparse = sparse_indices is not None
-    if block_tables is None and not sparse:
-        raise TypeError("block_tables is None without sparse_indices; wanted int32 arrays of pages")
+    _check_mla.keys_given(block_tables, sparse_indices)
     tables = None
     if block_tables is not None:
         tables = _ingest.view(block_tables, "block_tables", launch, q_view)
     if sparse:
         if tables is not None:
-            _check_mla.unread_tables(tables, lengths, q_view)
+            _check.tables(tables, lengths, q_view)
         tables = _ingest.view(sparse_indices, "sparse_indices", launch, q_view)
     assert tables is not None
     views: tuple[Any, ...] = (q_view, cache, tables, lengths)

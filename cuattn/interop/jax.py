@@ -30,7 +30,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .. import _call, _check_mla, _check_tools
+from .. import _call, _check, _check_mla, _check_tools
 from ..skip_softmax import SkipSoftmax
 from ._jax_call import Call, Operands, Result, bind, cache_operands, operand, view
 from ._jax_forms import (
@@ -246,14 +246,13 @@ def mla_decode(
     (1, 128, 512)
     """
     operands = paged_operands(q, kv_cache, block_tables, seq_lens, cu_seqlens_q)
+    _check_mla.keys_given(block_tables, sparse_indices)
     sparse = sparse_indices is not None
     if sparse:
         operands["sparse_indices"] = operand(sparse_indices, "sparse_indices")
         if block_tables is not None:
             unread = (view(operands[name]) for name in ("block_tables", "seq_lens", "q"))
-            _check_mla.unread_tables(*unread)
-    elif block_tables is None:
-        raise TypeError("block_tables is None without sparse_indices; wanted int32 arrays of pages")
+            _check.tables(*unread)
     form = _call.mla(_check_mla.latent_dim(latent_dim), sparse)
     given = (True, -1, scale, out_scale, 0.0, sinks, skip_softmax)
     more = (("latent_dim", latent_dim),)

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 
 from ...decode import decode
-from ._arguments import backend_of, factor_of, refuse, shown, sinks_of, skip_of
+from ._arguments import backend_of, refuse, shown
 from ._results import attend
-from ._wrapper import NAMES, PagedWrapper, Pages, Planned, dtypes_of, scale_of
+from ._wrapper import NAMES, PagedWrapper, Pages, Planned, dtypes_of
 
 _BACKENDS = ("auto", "fa2", "fa3", "trtllm-gen", "cute-dsl", "cutile")
 
@@ -210,14 +210,8 @@ class BatchDecodeWithPagedKVCacheWrapper(PagedWrapper):
         if rows != batch * q_len:
             each = "as many for each" if q_len_per_req is None else f"{q_len_per_req} for each"
             raise ValueError(f"q has {rows} tokens; wanted {each} of the plan's {batch} requests")
-        options = {
-            **planned.options,
-            "window_left": planned.window_left if window_left is None else window_left,
-            "scale": scale_of(planned.scale, q.shape[-1], q_scale, k_scale),
-            "out_scale": factor_of(v_scale),
-            "sinks": sinks_of(sinks),
-            "skip_softmax": skip_of(skip_softmax_threshold_scale_factor),
-        }
+        factors, skip = (q_scale, k_scale, v_scale), skip_softmax_threshold_scale_factor
+        options = planned.options_of(q, window_left, factors, sinks, skip)
         results = self._room(q, planned, out, lse, return_lse)
         arrays = (cache, self._tables, self._lengths)
         tokens = None if q_len == 1 else (batch, q_len)

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 
 from ...prefill import prefill_paged
-from ._arguments import backend_of, factor_of, refuse, sinks_of, skip_of, tensors
+from ._arguments import backend_of, refuse, tensors
 from ._results import attend
-from ._wrapper import NAMES, PagedWrapper, Pages, Planned, dtypes_of, scale_of
+from ._wrapper import NAMES, PagedWrapper, Pages, Planned, dtypes_of
 
 _BACKENDS = ("auto", "fa2", "fa3", "cudnn", "trtllm-gen", "cute-dsl")
 
@@ -221,14 +221,8 @@ class BatchPrefillWithPagedKVCacheWrapper(PagedWrapper):
         planned, cache = self._planned_run(q, paged_kv_cache)
         if q.shape[0] != self._rows:
             raise ValueError(f"q has {q.shape[0]} tokens; wanted {self._rows}, as qo_indptr ends")
-        options = {
-            **planned.options,
-            "window_left": planned.window_left if window_left is None else window_left,
-            "scale": scale_of(planned.scale, q.shape[-1], q_scale, k_scale),
-            "out_scale": factor_of(v_scale),
-            "sinks": sinks_of(sinks),
-            "skip_softmax": skip_of(skip_softmax_threshold_scale_factor),
-        }
+        factors, skip = (q_scale, k_scale, v_scale), skip_softmax_threshold_scale_factor
+        options = planned.options_of(q, window_left, factors, sinks, skip)
         results = self._room(q, planned, out, lse, return_lse)
         arrays = (cache, self._tables, self._lengths, self._ends)
         return attend(prefill_paged, q, arrays, results, options, names=NAMES)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ._arguments import cache_of, dtype_of, refuse, shown, tensors
+from ._arguments import cache_of, dtype_of, factor_of, refuse, shown, sinks_of, skip_of, tensors
 from ._results import Results, room
 
 _LAYOUTS = ("NHD", "HND")
@@ -36,6 +36,25 @@ class Planned:
     options: Mapping[str, Any]  # of our function, the same in every run
     scale: float | None
     window_left: int
+
+    def options_of(
+        self,
+        q: torch.Tensor,
+        window_left: int | None,
+        factors: tuple[Any, ...],
+        sinks: Any,
+        skip: Any,
+    ) -> dict[str, Any]:
+        """Return the options of one run; `factors` are those of queries, keys and values."""
+        *of_scores, of_values = factors
+        return {
+            **self.options,
+            "window_left": self.window_left if window_left is None else window_left,
+            "scale": scale_of(self.scale, q.shape[-1], *of_scores),
+            "out_scale": factor_of(of_values),
+            "sinks": sinks_of(sinks),
+            "skip_softmax": skip_of(skip),
+        }
 
 
 @dataclass(frozen=True, slots=True)
