@@ -2,8 +2,9 @@
 
     compute-sanitizer --tool memcheck python -m tests.sanitize        (also racecheck, initcheck)
 
-`mla` behind it adds MLA decode, of which racecheck reports what warp-groups hand over by mbarriers
-and named barriers; the emulator's race mode finds it in order.
+On Hopper, `mla` behind it adds MLA decode, and `prefill` Hopper's kernel for prefill.  Of both
+racecheck reports what warp-groups hand over by mbarriers and named barriers; the emulator's race
+mode finds it in order.
 
 CuPy's memory pool is off, so that an access past an array leaves its allocation.
 """
@@ -18,7 +19,7 @@ import ml_dtypes
 import numpy as np
 
 import cuattn
-from cuattn import reference
+from cuattn import _call, _heuristics, reference
 
 rng = np.random.default_rng(0)
 
@@ -148,6 +149,21 @@ def mla(page: int) -> None:
     check(f"mla page {page}", out, reference.mla_decode(*arrays, scale=192**-0.5).out)
 
 
+def mla_sparse(heads: int) -> None:
+    """Lists in any order with places outside of the cache: several splits, a short one, none."""
+    lengths = np.array([1300, 40, 0], np.int32)
+    lists = rng.permutation(200 * 64)[: 3 * 1024].reshape(3, 1024).astype(np.int32)
+    lists[:, 5::50] = [[-1], [200 * 64], [2**31 - 1]]
+    q, cache = random(3, heads, 576), random(200, 64, 576)
+    options = {"scale": 192**-0.5}
+    arrays = [to_device(x) for x in (q, cache, lengths)]
+    out = cuattn.mla_decode(
+        *arrays[:2], None, arrays[2], sparse_indices=to_device(lists), **options
+    )
+    expected = reference.mla_decode(q, cache, None, lengths, sparse_indices=lists, **options).out
+    check(f"mla of chosen keys, {heads} heads", out, expected)
+
+
 def mla_skipping(**rule: float) -> None:
     """Every other page is zeros, far below the others; one row of splits is merged apart."""
     q, cache = random(1, 128, 576), random(64, 64, 576)
@@ -162,8 +178,8 @@ def mla_skipping(**rule: float) -> None:
     print(f"mla, {rule}: {stats.skipped} of {stats.visited} tiles")
 
 
-if __name__ == "__main__":
-    cupy.cuda.set_allocator(None)
+def prefills() -> None:
+    """What the prefill kernels have between them."""
     for dims in ((128, 128), (64, 64), (40, 72), (192, 128), (256, 256)):
         batched(*dims, causal=True)
     batched(128, 128)
@@ -172,6 +188,16 @@ if __name__ == "__main__":
     ragged()
     paged()
     skipping()
+
+
+if __name__ == "__main__":
+    cupy.cuda.set_allocator(None)
+    prefills()
+    if "prefill" in sys.argv[1:]:
+        chosen, _heuristics.HOPPER_PREFILL = _heuristics.HOPPER_PREFILL, True
+        _call._prepared.clear()
+        prefills()
+        _heuristics.HOPPER_PREFILL = chosen
     tools()
     decode((1000, 77, 0))  # split, and the empty request
     decode((200,))  # not split
@@ -182,8 +208,10 @@ if __name__ == "__main__":
     decode((900,), skip_softmax=cuattn.SkipSoftmax(threshold=0.0))
     decode_skipping(threshold=0.01)
     decode_skipping(max_dropped_mass=0.01)
-    if "mla" in sys.argv[1:]:  # on Hopper
+    if "mla" in sys.argv[1:]:
         mla(64)
         mla(16)
+        mla_sparse(16)
+        mla_sparse(64)
         mla_skipping(threshold=0.01)
         mla_skipping(max_dropped_mass=0.01)
