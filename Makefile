@@ -1,5 +1,6 @@
 # make demo      the operations on real data: on a GPU, else small in the emulator
 # make test      every test that this machine can run
+# make mutants   faults planted in the large kernels, each of which the emulator must report: an hour
 # make coverage  which lines of the kernels the emulator runs; wants g++
 # make lint      ruff, clang-format and mypy; changes nothing
 # make format    what of that can be mended
@@ -37,13 +38,16 @@ endif
 
 CUDA_FILES = $(shell find kernels cuattn/emulator -name '*.cu*' -o -name '*.cpp' -o -name '*.h')
 
-.PHONY: demo test coverage lint format bench
+.PHONY: demo test mutants coverage lint format bench
 
 demo: $(READY)
 	$(RUN) -m cuattn demo $(ARGS)
 
 test: $(READY) # one thread of BLAS a process: the processes are many
 	OPENBLAS_NUM_THREADS=1 $(RUN) -m pytest -n $(JOBS) $(ARGS)
+
+mutants: $(READY)
+	OPENBLAS_NUM_THREADS=1 $(RUN) -m pytest -n $(JOBS) -m slow tests/test_emulator_mutants.py $(ARGS)
 
 coverage: $(READY)
 	$(RUN) -m tests.coverage

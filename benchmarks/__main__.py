@@ -10,11 +10,12 @@ from time import perf_counter
 
 from cuattn import _device
 
-from . import decode, decode_skip, first_call, host, mla, prefill, report, skip, tools
+from . import decode, decode_skip, first_call, forms, host, mla, prefill, report, skip, tools
 from .report import Options, Row
 
 GROUPS: dict[str, Callable[[Options], list[Row]]] = {
     "prefill": prefill.run,
+    "forms": forms.run,
     "skip": skip.run,
     "decode": decode.run,
     "decode_skip": decode_skip.run,

@@ -43,6 +43,21 @@ QUICK_PREFILL = ("mha_d128_full_16k", "mha_d128_causal_16k", "gqa_64_8_causal_8k
 
 
 @dataclass(frozen=True, slots=True)
+class Chunk:
+    """A few new tokens of each request over a paged cache."""
+
+    name: str
+    size: PagedSize
+
+    @property
+    def flops(self) -> int:
+        """Work of all pairs that are seen."""
+        size = self.size
+        pairs = sum(size.q_len * n - size.q_len * (size.q_len - 1) // 2 for n in size.lengths)
+        return 4 * size.head_dim * size.q_heads * pairs
+
+
+@dataclass(frozen=True, slots=True)
 class Sweep:
     """One skip-softmax case: a workload and thresholds; `others` maps λ to another kernel's ms."""
 
@@ -130,6 +145,18 @@ class DecodeSweep:
     thresholds: tuple[float, ...]
     bounds: tuple[float, ...] = ()
 
+
+# Also batched, ragged and in pages.
+FORMS = tuple(
+    shape
+    for shape in PREFILL
+    if shape.name in ("mha_d128_causal_16k", "mha_d128_causal_4k", "gqa_64_8_causal_8k")
+)
+CHUNKS = tuple(
+    Chunk(f"gqa_64_8_b8_16k_q{q_len}", paged(8, 16384, 64, 8, q_len=q_len))
+    for q_len in (2, 16, 64, 128, 512)
+)
+QUICK_FORMS = ("gqa_64_8_causal_8k", "gqa_64_8_b8_16k_q16")
 
 # About 0, 20, 40, 54, 66, 80, 93 and 99.5 % skipped at 32 keys a tile.
 DECODE_W0 = (0.0, 0.385, 0.485, 0.56, 0.65, 0.81, 1.2, 8.0)

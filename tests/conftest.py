@@ -60,6 +60,7 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     config.addinivalue_line("markers", "gpu: needs a CUDA device")
     config.addinivalue_line("markers", "emulator: needs g++, for the emulator")
+    config.addinivalue_line("markers", "slow: only when asked for, by -m slow")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

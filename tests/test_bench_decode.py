@@ -1,4 +1,4 @@
-"""The benchmarks of decode with the emulator in place of a GPU, and their inputs."""
+"""The benchmarks of paged caches with the emulator in place of a GPU, and their inputs."""
 
 from __future__ import annotations
 
@@ -14,8 +14,19 @@ from test_demo import fake_cupy
 
 import cuattn
 from benchmarks import __main__ as command
-from benchmarks import ceilings, decode, decode_peers, decode_skip, mla, report, shapes, timing
+from benchmarks import (
+    ceilings,
+    decode,
+    decode_peers,
+    decode_skip,
+    forms,
+    mla,
+    report,
+    shapes,
+    timing,
+)
 from cuattn import _device, emulator, reference
+from cuattn._workloads import Size
 from cuattn._workloads_paged import (
     PagedInputs,
     PagedSize,
@@ -192,6 +203,25 @@ def test_decode_skip_notices_what_the_mass_does_not_explain(
 
 
 @pytest.mark.emulator
+def test_lines_and_rows_of_forms(
+    bench: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    size = Size(2, 64, 2, 1, 64, 64)
+    monkeypatch.setattr(forms, "FORMS", (shapes.Shape("a", size, True, 100.0),))
+    chunk = shapes.Chunk("b", shapes.paged(2, 40, 4, 2, q_len=3))
+    monkeypatch.setattr(forms, "CHUNKS", (chunk,))
+    status, rows = bench("forms")
+    assert status == 0
+    names = ["cuattn", "cuattn_ragged", "cuattn_paged_16", "cuattn_paged_64", "cuattn"]
+    assert [row["impl"] for row in rows] == names
+    assert all(row["ms"] == 1000.0 and row["rel_error"] < 1e-2 for row in rows)
+    assert {row["kernel"] for row in rows} == {"fmha_sm80"}
+    assert rows[0]["tflops"] == pytest.approx(2 * 2 * 64 * 64 * 128 * 1e-12)
+    assert rows[4]["tflops"] == pytest.approx(2 * 4 * (38 + 39 + 40) * 512 * 1e-12)
+    assert "2×40 4/2 3 tokens, page 64" in capsys.readouterr().out
+
+
+@pytest.mark.emulator
 def test_mla_lines_and_rows(
     bench: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -217,7 +247,8 @@ def test_sparse_positions_are_those_of_the_request() -> None:
 
 
 def test_named_shapes_have_one_name_each() -> None:
-    names = [case.name for case in (*shapes.DECODE, *shapes.DECODE_SKIP, *shapes.MLA)]
+    cases = (*shapes.DECODE, *shapes.DECODE_SKIP, *shapes.MLA, *shapes.CHUNKS)
+    names = [case.name for case in cases]
     assert len(set(names)) == len(names)
     assert {*shapes.QUICK_DECODE, *shapes.QUICK_DECODE_SKIP, *shapes.QUICK_MLA} <= set(names)
     assert set(shapes.MLA_SKIP) <= set(names)

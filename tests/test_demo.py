@@ -106,7 +106,7 @@ def fake_cupy() -> ModuleType:
     module = ModuleType("cupy")
     for name in ("arange", "expm1", "maximum", "random", "asarray", "zeros", "uint64", "where"):
         setattr(module, name, getattr(np, name))
-    for name in ("uint8", "uint16", "uint32", "float32"):
+    for name in ("uint8", "uint16", "uint32", "int32", "float32"):
         setattr(module, name, getattr(np, name))
     made: Any = module
     made.__version__ = "14"
