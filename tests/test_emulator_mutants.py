@@ -17,6 +17,7 @@ from conformance import hopper, on_emulator
 from decode_cases import DecodeCase, decode_call, problem_of_decode
 from mla_cases import SHORT, MlaCase, mla_call, ones
 from test_emulator_decode import ONE, Race
+from test_emulator_prefill import card
 
 import cuattn
 from cuattn import _heuristics, _sources, emulator
@@ -38,6 +39,16 @@ SURVIVORS = {
         0,
     ): "it orders what blocks write to global memory, "
     "and the emulator's blocks run one after the other",
+    ("mla_decode_sm80.cu", "sync_block", 5): "the same",
+    (
+        "attention/prefill_loader.cuh",
+        "sync_warp",
+        1,
+    ): "copies that land before their bytes are asked for do no harm: the phase lasts until the "
+    "lane that asks has arrived",
+    ("attention/prefill_loader.cuh", "sync_warp", 2): "the same, of Q",
+    ("fmha_sm90.cu", "sync_warp", 1): "it keeps lanes from falling behind by two phases of a "
+    "barrier, which in no order of the emulator they do",
     ("hopper", "wgmma_wait<0>", 1): "it is reached only when a planted fault took out the first",
 }
 
@@ -61,7 +72,7 @@ DECODE = decode_call(
 # 32 rows: O is longer than a slot, so that it is merged where both slots were.
 TALL = decode_call(replace(DECODE.case, q_heads=48))
 SMALL = ONE  # few blocks, so that each has several items
-OLDER = replace(ONE, arch="sm_80", shared_memory=_heuristics.SHARED_MEMORY["sm_80"])
+OLDER = card("sm_80")
 UNLIKE = Case(lengths=((300, 900),), q_heads=2, kv_heads=1, data="structured", scale=0.25)
 MASS = {"max_dropped_mass": 0.1, "certificate": True}
 
@@ -83,8 +94,12 @@ CALLS: dict[str, tuple[Race, ...]] = {
         Race(mla_call(MlaCase(lengths=ones(30, 130, 0, 65, 200), page_size=16)), {}, SMALL),
     ),
     "mla_decode_sm80.cu": (
-        Race(mla_call(replace(SHORT, q_heads=64)), MASS, OLDER),
-        Race(mla_call(MlaCase(top_k=128, lengths=ones(40, 200))), {}, OLDER),
+        Race(mla_call(replace(SHORT, q_heads=64, lengths=ones(400))), MASS, OLDER),
+        Race(
+            mla_call(MlaCase(top_k=128, lengths=ones(40, 200))),
+            {},
+            replace(OLDER, multiprocessors=1),
+        ),
     ),
 }
 
