@@ -2,97 +2,56 @@
 
 from __future__ import annotations
 
-import zlib
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import pytest
-from cases import DTYPES, GARBAGE_PAGES
+from append_cases import AppendCall, AppendCase, Array
+from cases import DTYPES
 from compare import bits
-from numpy.typing import NDArray
 
 import cuattn
 from cuattn import _tool_params, _validate, emulator
 
-Array = NDArray[Any]
-
 
 @dataclass(frozen=True)
-class Case:
-    """One call, in words; arrays hold random bits, NaN among them."""
+class Case(AppendCase):
+    """One call of append_kv."""
 
-    lengths: tuple[tuple[int, int], ...] = ((37, 5), (16, 16), (0, 0), (9, 1), (40, 0), (23, 7))
     heads: int = 2
     d_k: int = 64
     d_v: int = 64
-    dtype: str = "bfloat16"
-    page_size: int = 16
     layout: str = "HND"
     pair: bool = False
-    padded: bool = True  # bits before, between and behind what the call is given
-    uniform: bool = False  # no cu_seqlens_new
-    extra: int = 0  # new tokens that belong to no request
 
-    @property
-    def id(self) -> str:
-        words = {
-            f"{len(self.lengths)}requests": True,
+    def words(self) -> dict[str, bool]:
+        return {
+            **super().words(),
             f"d{self.d_k}v{self.d_v}": (self.d_k, self.d_v) != (64, 64),
             f"{self.heads}heads": self.heads != 2,
-            self.dtype: self.dtype != "bfloat16",
-            f"page{self.page_size}": True,
             self.layout: True,
             "pair": self.pair,
-            "packed": not self.padded,
-            f"{self.lengths[0][1] if self.lengths else 0}each": self.uniform,
-            f"{self.extra}extra": self.extra,
         }
-        return "-".join(word for word, said in words.items() if said)
-
-    def __str__(self) -> str:
-        return self.id
 
 
-class Call:
-    """The arguments on the host, each cut out of a larger array, and what the call must leave."""
+class Call(AppendCall):
+    """A call of append_kv, and what it must leave."""
 
     def __init__(self, case: Case) -> None:
+        super().__init__(case)
         self.case = case
-        rng = np.random.default_rng(zlib.crc32(case.id.encode()))
-        seq_lens, new = (np.array(x, np.int32) for x in zip(*case.lengths, strict=True))
-        needed = -(-seq_lens // case.page_size)
-        self.pages, max_pages = int(needed.sum()) + 2, int(needed.max(initial=0)) + 1
-        self.tables = np.resize(np.array(GARBAGE_PAGES, np.int32), (len(seq_lens), max_pages))
-        free = iter(rng.permutation(self.pages))
-        for row, count in zip(self.tables, needed, strict=True):
-            row[:count] = [next(free) for _ in range(count)]
-        self.seq_lens = seq_lens
-        self.ends = np.concatenate([[0], np.cumsum(new)]).astype(np.int32)
-        tokens = int(self.ends[-1]) + case.extra
-        shape: tuple[int, ...] = (tokens, case.heads)
+        shape: tuple[int, ...] = (int(self.ends[-1]) + case.extra, case.heads)
         if case.uniform and case.lengths[0][1] > 1:
-            shape = (len(seq_lens), case.lengths[0][1], case.heads)
-        self.new = [self.random(rng, (*shape, d)) for d in (case.d_k, case.d_v)]
-        self.caches = [self.random(rng, self.cache_shape(d)) for d in (case.d_k, case.d_v)]
+            shape = (len(self.seq_lens), case.lengths[0][1], case.heads)
+        self.new = [self.random((*shape, d)) for d in (case.d_k, case.d_v)]
+        self.caches = [self.random(self.cache_shape(d)) for d in (case.d_k, case.d_v)]
         if not case.pair:
-            self.caches = [self.random(rng, (self.pages, 2, *self.cache_shape(case.d_k)[1:]))]
+            self.caches = [self.random((self.pages, 2, *self.cache_shape(case.d_k)[1:]))]
 
     def cache_shape(self, dim: int) -> tuple[int, ...]:
         inner = (self.case.heads, self.case.page_size)
         return (self.pages, *(inner if self.case.layout == "HND" else inner[::-1]), dim)
-
-    def random(self, rng: np.random.Generator, shape: tuple[int, ...]) -> Array:
-        """Random bits, with more of them around the array if the case is padded."""
-        if self.case.padded:
-            shape = (*(n + 1 for n in shape[:-1]), shape[-1] + 8)
-        return rng.integers(0, 1 << 16, shape, np.uint16).view(DTYPES[self.case.dtype])
-
-    def cut(self, whole: Any) -> Any:
-        """The part of an array that the call is given."""
-        if not self.case.padded:
-            return whole
-        return whole[(*(slice(0, n - 1) for n in whole.shape[:-1]), slice(0, -8))]
 
     def expected(self) -> list[Array]:
         """The arrays that hold the cache, afterwards."""
@@ -103,16 +62,11 @@ class Call:
             parts = [parts[0][:, 0], parts[0][:, 1]]
         if case.layout == "NHD":
             parts = [part.transpose(0, 2, 1, 3) for part in parts]
-        for request, table in enumerate(self.tables):
-            begin, end = map(int, self.ends[request : request + 2])
-            for token in range(begin, end):
-                entry, row = divmod(int(self.seq_lens[request]) - (end - token), case.page_size)
-                page = table[entry] if 0 <= entry < len(table) else -1
-                if 0 <= page < self.pages:
-                    for part, whole in zip(parts, self.new, strict=True):
-                        rows = self.cut(whole)
-                        rows = rows.reshape(-1, *rows.shape[-2:])
-                        part[page, :, row] = rows[token]
+        for part, new in zip(parts, self.new, strict=True):
+            rows = self.cut(new)
+            rows = rows.reshape(-1, *rows.shape[-2:])
+            for token, page, row in self.places():
+                part[page, :, row] = rows[token]
         return wholes
 
     def run(self, device: Any, **more: Any) -> list[Array]:

@@ -2,82 +2,54 @@
 
 from __future__ import annotations
 
-import zlib
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import pytest
-from cases import DTYPES, GARBAGE_PAGES
+from append_cases import AppendCall, AppendCase, Array
+from cases import DTYPES
 from compare import bits
-from numpy.typing import NDArray
 
 import cuattn
 from cuattn import _validate, emulator
-
-Array = NDArray[Any]
 
 HEAD_AXES = {"none": (), "before": (1,), "behind": (2,)}  # of a cache, by page_size's place
 
 
 @dataclass(frozen=True)
-class Case:
-    """One call, in words; arrays hold random bits, NaN among them."""
+class Case(AppendCase):
+    """One call of append_mla_kv."""
 
-    lengths: tuple[tuple[int, int], ...] = ((37, 5), (16, 16), (0, 0), (9, 1), (40, 0), (23, 7))
     latent: int = 512
     rope: int = 64
-    dtype: str = "bfloat16"
-    page_size: int = 16
     head: str = "none"  # where the cache has its head axis
     unit: tuple[bool, bool] = (False, False)  # whether latent and rope rows have one
-    padded: bool = True  # bits before, between and behind what the call is given
-    uniform: bool = False  # no cu_seqlens_new
-    extra: int = 0  # new tokens that belong to no request
 
-    @property
-    def id(self) -> str:
-        words = {
-            f"{len(self.lengths)}requests": True,
+    def words(self) -> dict[str, bool]:
+        return {
+            **super().words(),
             f"{self.latent}+{self.rope}": (self.latent, self.rope) != (512, 64),
-            self.dtype: self.dtype != "bfloat16",
-            f"page{self.page_size}": True,
             f"head-{self.head}": self.head != "none",
             "unit-latent": self.unit[0],
             "unit-rope": self.unit[1],
-            "packed": not self.padded,
-            f"{self.lengths[0][1]}each": self.uniform,
-            f"{self.extra}extra": self.extra,
         }
-        return "-".join(word for word, said in words.items() if said)
-
-    def __str__(self) -> str:
-        return self.id
 
 
-class Call:
-    """The arguments on the host, each cut out of a larger array, and what the call must leave."""
+class Call(AppendCall):
+    """A call of append_mla_kv, and what it must leave."""
 
     def __init__(self, case: Case) -> None:
+        super().__init__(case)
         self.case = case
-        rng = np.random.default_rng(zlib.crc32(case.id.encode()))
-        seq_lens, new = (np.array(x, np.int32) for x in zip(*case.lengths, strict=True))
-        needed = -(-seq_lens // case.page_size)
-        self.pages, max_pages = int(needed.sum()) + 2, int(needed.max(initial=0)) + 1
-        self.tables = np.resize(np.array(GARBAGE_PAGES, np.int32), (len(seq_lens), max_pages))
-        free = iter(rng.permutation(self.pages))
-        for row, count in zip(self.tables, needed, strict=True):
-            row[:count] = [next(free) for _ in range(count)]
-        self.seq_lens = seq_lens
-        self.ends = np.concatenate([[0], np.cumsum(new)]).astype(np.int32)
         self.new = [
-            self.random(rng, self.new_shape(dim, unit))
+            self.random(self.new_shape(dim, unit))
             for dim, unit in zip((case.latent, case.rope), case.unit, strict=True)
         ]
         shape = [self.pages, case.page_size, case.latent + case.rope]
         for axis in HEAD_AXES[case.head]:
             shape.insert(axis, 1)
-        self.cache = self.random(rng, tuple(shape))
+        self.cache = self.random(tuple(shape))
 
     def new_shape(self, dim: int, unit: bool) -> tuple[int, ...]:
         each = self.case.lengths[0][1]
@@ -85,18 +57,6 @@ class Call:
             return (len(self.seq_lens), each, dim)
         tokens = int(self.ends[-1]) + self.case.extra
         return (tokens, 1, dim) if unit else (tokens, dim)
-
-    def random(self, rng: np.random.Generator, shape: tuple[int, ...]) -> Array:
-        """Random bits, with more of them around the array if the case is padded."""
-        if self.case.padded:
-            shape = (*(n + 1 for n in shape[:-1]), shape[-1] + 8)
-        return rng.integers(0, 1 << 16, shape, np.uint16).view(DTYPES[self.case.dtype])
-
-    def cut(self, whole: Any) -> Any:
-        """The part of an array that the call is given."""
-        if not self.case.padded:
-            return whole
-        return whole[(*(slice(0, n - 1) for n in whole.shape[:-1]), slice(0, -8))]
 
     def expected(self) -> Array:
         """The array that holds the cache, afterwards."""
@@ -107,15 +67,10 @@ class Call:
             self.cut(new).reshape(-1, dim)
             for new, dim in zip(self.new, (case.latent, max(case.rope, 1)), strict=True)
         )
-        for request, table in enumerate(self.tables):
-            begin, end = map(int, self.ends[request : request + 2])
-            for token in range(begin, end):
-                entry, row = divmod(int(self.seq_lens[request]) - (end - token), case.page_size)
-                page = table[entry] if 0 <= entry < len(table) else -1
-                if 0 <= page < self.pages:
-                    rows[page, row, : case.latent] = latent[token]
-                    if case.rope:
-                        rows[page, row, case.latent :] = rope[token]
+        for token, page, row in self.places():
+            rows[page, row, : case.latent] = latent[token]
+            if case.rope:
+                rows[page, row, case.latent :] = rope[token]
         return whole
 
     def run(self, device: Any, **more: Any) -> Array:

@@ -7,8 +7,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cases import DTYPES, Call
-from compare import NAN_BITS, assert_same_bits, bits
+from call_checks import (
+    assert_same,
+    check_out_dtype,
+    check_strided_out,
+    check_ways_to_ask,
+    with_arrays,
+)
+from compare import assert_same_bits
 from decode_cases import (
     DECODE,
     LENGTHS,
@@ -26,20 +32,6 @@ LONG = DecodeCase(lengths=((1, 1), (1, 1900), (1, 0), (1, 333), (1, 512)))
 FORMS = [USUAL, TOKENS, UNEVEN]
 
 
-def with_arrays(call: Call, **arrays: Any) -> Call:
-    """The call with other `q`, `cache`, `tables` or `seq_lens`."""
-    names = ("q", "cache", "tables", "seq_lens")
-    usual = dict(zip(names, call.arrays, strict=True))
-    return replace(call, arrays=tuple({**usual, **arrays}[name] for name in names))
-
-
-def assert_same(device: Any, one: Call, other: Call, **more: Any) -> None:
-    """Demand the same bits of two calls."""
-    first, second = device.run(one, **more), device.run(other, **more)
-    assert_same_bits(second.out.reshape(first.out.shape), first.out, one.case)
-    assert_same_bits(second.lse.reshape(first.lse.shape), first.lse, one.case)
-
-
 @pytest.mark.parametrize("case", DECODE, ids=str)
 def test_matches_reference(device: Any, case: DecodeCase) -> None:
     device.check(decode_call(case))
@@ -47,59 +39,16 @@ def test_matches_reference(device: Any, case: DecodeCase) -> None:
 
 @pytest.mark.parametrize("case", FORMS, ids=str)
 def test_results_are_the_same_however_they_are_asked_for(device: Any, case: DecodeCase) -> None:
-    """New arrays or given ones, with LSE or without: the same numbers."""
-    import cuattn
-
-    call = decode_call(case)
-    wanted = device.run(call)
-    arrays, options = device.arguments(call)
-    rows = ~np.isnan(wanted.lse)  # not those of no request
-
-    def same(array: Any, expected: Any) -> None:
-        assert isinstance(array, device.xp.ndarray)
-        given = device.to_host(array)
-        assert given.shape == expected.shape
-        assert_same_bits(given[rows], expected[rows], case)
-
-    out, lse = cuattn.decode(*arrays, **options, return_lse=True)
-    same(out, wanted.out)
-    same(lse, wanted.lse)
-    same(cuattn.decode(*arrays, **options), wanted.out)
-    room = device.guarded(wanted.lse.shape, np.float32)
-    same(cuattn.decode(*arrays, **options, lse=room.array), wanted.out)
-    same(room.array, wanted.lse)
-    room = device.guarded(wanted.out.shape, wanted.out.dtype)
-    assert cuattn.decode(*arrays, **options, out=room.array) is room.array
-    same(room.array, wanted.out)
+    check_ways_to_ask(device, decode_call(case))
 
 
 def test_out_may_have_any_strides(device: Any) -> None:
-    """The result goes between other data of the caller, which stays as it was."""
-    import cuattn
-
-    call = decode_call(TOKENS)
-    batch, q_len, heads, dim = (*call.arrays[0].shape[:3], TOKENS.d_v)
-    whole = device.guarded((batch, heads + 1, q_len + 3, dim + 8), TOKENS.result_dtype)
-    out = whole.array.transpose(0, 2, 1, 3)[:, :q_len, :heads, :dim]
-    arrays, options = device.arguments(call)
-    assert cuattn.decode(*arrays, **options, out=out) is out
-    assert_same_bits(device.to_host(out), device.run(call).out, TOKENS)
-    rest = bits(device.to_host(whole.array)).transpose(0, 2, 1, 3)
-    untouched = np.ones(rest.shape, bool)
-    untouched[:, :q_len, :heads, :dim] = False
-    assert np.unique(rest[untouched]).tolist() == [NAN_BITS[2]]
-    whole.check(TOKENS)
+    check_strided_out(device, decode_call(TOKENS))
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 def test_out_dtype_is_a_name_or_a_dtype(device: Any, dtype: str) -> None:
-    import cuattn
-
-    arrays, options = device.arguments(decode_call(USUAL))
-    named = cuattn.decode(*arrays, **options, out_dtype=dtype)
-    assert named.dtype == DTYPES[dtype]
-    typed = cuattn.decode(*arrays, **options, out_dtype=np.dtype(dtype))
-    assert_same_bits(device.to_host(typed), device.to_host(named), USUAL)
+    check_out_dtype(device, decode_call(USUAL), dtype)
 
 
 @pytest.mark.parametrize("case", [LONG, UNEVEN], ids=str)

@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from call_checks import with_arrays
 from compare import assert_close, assert_same_bits
 from conftest import HUGE_BYTES
 from decode_cases import LONG, USUAL, DecodeCase, alone, call_of, decode_call
 from skip_checks import check_against_replay, threshold_for
-from test_decode import with_arrays
 from test_graphs_streams import Captured, words
 from test_issues import repoison
 

@@ -9,11 +9,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+from call_checks import (
+    assert_same,
+    check_out_dtype,
+    check_strided_out,
+    check_ways_to_ask,
+    with_arrays,
+)
 from cases import DTYPES
-from compare import NAN_BITS, assert_same_bits, bits
+from compare import assert_same_bits
 from decode_cases import alone
 from mla_cases import LENGTHS, MLA, UNEVEN, USUAL, MlaCase, mla_call, ones, problem_of_mla
-from test_decode import assert_same, with_arrays
 
 import cuattn
 from cuattn import _call, _heuristics, emulator
@@ -30,55 +36,17 @@ def test_matches_reference(hopper: Any, case: MlaCase) -> None:
 
 @pytest.mark.parametrize("case", FORMS, ids=str)
 def test_results_are_the_same_however_they_are_asked_for(hopper: Any, case: MlaCase) -> None:
-    """New arrays or given ones, with LSE or without: the same numbers."""
-    call = mla_call(case)
-    wanted = hopper.run(call)
-    arrays, options = hopper.arguments(call)
-    rows = ~np.isnan(wanted.lse)  # not those of no request
-
-    def same(array: Any, expected: Any) -> None:
-        assert isinstance(array, hopper.xp.ndarray)
-        given = hopper.to_host(array)
-        assert given.shape == expected.shape
-        assert_same_bits(given[rows], expected[rows], case)
-
-    out, lse = cuattn.mla_decode(*arrays, **options, return_lse=True)
-    same(out, wanted.out)
-    same(lse, wanted.lse)
-    same(cuattn.mla_decode(*arrays, **options), wanted.out)
-    room = hopper.guarded(wanted.lse.shape, np.float32)
-    same(cuattn.mla_decode(*arrays, **options, lse=room.array), wanted.out)
-    same(room.array, wanted.lse)
-    room = hopper.guarded(wanted.out.shape, wanted.out.dtype)
-    assert cuattn.mla_decode(*arrays, **options, out=room.array) is room.array
-    same(room.array, wanted.out)
+    check_ways_to_ask(hopper, mla_call(case))
 
 
 @pytest.mark.parametrize("out_dtype", [None, "float32"])
 def test_out_may_have_any_strides(hopper: Any, out_dtype: str | None) -> None:
-    """The result goes between other data of the caller, which stays as it was."""
-    case = replace(TOKENS, out_dtype=out_dtype)
-    call = mla_call(case)
-    batch, q_len, heads, dim = (*call.arrays[0].shape[:3], case.d_v)
-    whole = hopper.guarded((batch, heads + 1, q_len + 3, dim + 8), case.result_dtype)
-    out = whole.array.transpose(0, 2, 1, 3)[:, :q_len, :heads, :dim]
-    arrays, options = hopper.arguments(call)
-    assert cuattn.mla_decode(*arrays, **options, out=out) is out
-    assert_same_bits(hopper.to_host(out), hopper.run(call).out, case)
-    rest = bits(hopper.to_host(whole.array)).transpose(0, 2, 1, 3)
-    untouched = np.ones(rest.shape, bool)
-    untouched[:, :q_len, :heads, :dim] = False
-    assert np.unique(rest[untouched]).tolist() == [NAN_BITS[case.result_dtype.itemsize]]
-    whole.check(case)
+    check_strided_out(hopper, mla_call(replace(TOKENS, out_dtype=out_dtype)))
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 def test_out_dtype_is_a_name_or_a_dtype(hopper: Any, dtype: str) -> None:
-    arrays, options = hopper.arguments(mla_call(USUAL))
-    named = cuattn.mla_decode(*arrays, **options, out_dtype=dtype)
-    assert named.dtype == DTYPES[dtype]
-    typed = cuattn.mla_decode(*arrays, **options, out_dtype=np.dtype(dtype))
-    assert_same_bits(hopper.to_host(typed), hopper.to_host(named), USUAL)
+    check_out_dtype(hopper, mla_call(USUAL), dtype)
 
 
 @pytest.mark.parametrize("case", [LONG, UNEVEN], ids=str)
@@ -302,6 +270,12 @@ def refused(change: dict[str, Any], **options: Any) -> str:
     return str(caught.value)
 
 
+def assert_refusal(said: str, name: str, words: str) -> None:
+    """One sentence that begins with the argument and says what was wanted."""
+    assert re.match(rf"{name}\b.*{words}", said), said
+    assert "wanted" in said and "\n" not in said and not said.endswith("."), said
+
+
 def with_cache(*shape: int) -> dict[str, Any]:
     return {"kv_cache": np.ones(shape, np.float16)}
 
@@ -370,8 +344,7 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
 )
 def test_refusals(change: dict[str, Any], name: str, words: str) -> None:
     said = refused(change)
-    assert re.match(rf"{name}\b.*{words}", said), said
-    assert "wanted" in said and "\n" not in said and not said.endswith("."), said
+    assert_refusal(said, name, words)
 
 
 @pytest.mark.emulator
