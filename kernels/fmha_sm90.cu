@@ -109,6 +109,16 @@ DEVICE State begin(const AttentionParams& params, const Work& work) {
   return state;
 }
 
+// Rows past the request's end hold queries of the next one, which must not decide when the maxima
+// of others rise: theirs are infinite.
+DEVICE void ignore_missing_rows(State& state, const Place& place) {
+#pragma unroll
+  for (int32 half = 0; half < 2; ++half) {
+    const int32 row = place.warp_row + half * 8 + fragment_row();
+    if (row >= place.visibility.q_len) state.rows.maximum[0][half] = infinity();
+  }
+}
+
 // Q into registers, after which the next item's may come.
 DEVICE void load_q(State& state, const Shared& shared, int32 group) {
   if constexpr (config.q_in_registers) {
@@ -359,6 +369,7 @@ DEVICE void compute(const AttentionParams& params, const Shared& shared, int32 g
     State state = begin(params, work);
     load_q(state, shared, group);
     const Place place(params, work, group);
+    ignore_missing_rows(state, place);
     const TileOrder order(place.visibility.keys_of_rows(0, config.block_q()), config.block_kv);
     if (order.count > 0 && place.rows > 0) {
       attend(state, shared, place, order, first_tile);

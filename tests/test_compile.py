@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import struct
 import subprocess
 import sys
@@ -130,6 +131,18 @@ def test_hopper_prefill_compiles_without_spills(config: FmhaHopperConfig) -> Non
     compiled = _compile.load("fmha_sm90", config.define(), "sm_90a").compiled
     assert compiled.spills == 0 and not compiled.notes, compiled.log
     assert compiled.registers == (168 if config.consumers == 2 else 128)
+
+
+@pytest.mark.parametrize(
+    "job", [job for job in JOBS if job.kernel == "mla_decode_sm90"], ids=sentence
+)
+def test_warp_groups_of_mla_ask_for_no_more_registers_than_there_are(job: Job) -> None:
+    """They share what the block has at launch; who asks for more than is left waits for ever."""
+    compiled = _compile.load(job.kernel, job.config, job.arch).compiled
+    source = _sources.read()["mla_decode_sm90.cu"]
+    (scores,) = map(int, re.findall(r"registers_increase<(\d+)>", source))
+    (weighs,) = map(int, re.findall(r"registers_decrease<(\d+)>", source))
+    assert scores + 2 * weighs == 3 * compiled.registers
 
 
 def test_every_kernel_file_is_shipped_for_some_architecture() -> None:

@@ -196,6 +196,23 @@ def test_a_maximum_that_lags_behind(out_dtype: str) -> None:
         On(_device.EMULATOR).check(call)
 
 
+def test_queries_of_the_next_request_change_no_bit() -> None:
+    """They are in the tile of the last rows before them, but raise no maxima of these."""
+    call = ragged(
+        Case(lengths=((8, 640), (60, 64)), q_heads=1, kv_heads=1, causal=False, dtype="float16")
+    )
+    q, results = call.arrays[0], []
+    q[:8] *= 3
+    for factor in (1, 8):
+        q[8:] *= factor
+        with emulator.enabled(race=True):
+            results.append(On(_device.EMULATOR).run(call))
+    one, other = results
+    assert_same_bits(one.out[:8], other.out[:8], "of the first request")
+    assert_same_bits(one.lse[:8], other.lse[:8], "of the first request")
+    assert (one.lse[8:] != other.lse[8:]).any(), "nothing has changed, the test shows nothing"
+
+
 FIND_ITEMS = """
 #include <attention/schedule.cuh>
 struct Parameters {

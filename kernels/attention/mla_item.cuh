@@ -96,6 +96,7 @@ struct Item {
   int32 own;      // of this split
   int32 foreign;  // seeds of other splits, that are scored before
   int32 count;    // steps in all
+  int32 end_at;   // which of the split's own is the one with the first keys; `own`: none
 
   // `seeded`: score seeds of other splits, too.
   DEVICE Item(const AttentionParams& params, const DecodeWork& work, bool seeded)
@@ -103,7 +104,8 @@ struct Item {
         tiles(ceil_div(work.visibility(params).keys_of(work.rows - 1).end, tile_keys)),
         own(ceil_div(maximum(tiles - work.split, 0), work.splits)),
         foreign(seeded && own > 0 ? seeds() - (work.split == 0) - (owns_end() && tiles > 1) : 0),
-        count(foreign + own) {}
+        count(foreign + own),
+        end_at(owns_end() ? work.split == 0 : own) {}
 
   DEVICE int32 seeds() const { return minimum(tiles, 2); }
   // Whether the last tile to be counted, with the first keys, is this split's.
@@ -111,7 +113,6 @@ struct Item {
 
   DEVICE int32 tile(int32 step) const {
     if (step < foreign) return step == 0 && work.split != 0 ? tiles - 1 : 0;
-    const int32 end_at = owns_end() ? work.split == 0 : own;
     int32 place = step - foreign;  // among the split's tiles
     if (place >= end_at) place = place == end_at ? own - 1 : place - 1;
     return tiles - 1 - work.split - place * work.splits;

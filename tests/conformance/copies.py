@@ -109,6 +109,44 @@ KERNEL void conformance(const __grid_constant__ Params params) {
 """
 
 
+# Eight lanes load a box each, of other columns, rows and pages; those of page −1 are zeros.
+LANES = """
+#include <ptx/mbarrier.cuh>
+#include <ptx/sync.cuh>
+#include <ptx/tma.cuh>
+
+struct Params {
+  TensorMap from;
+  const unsigned char* source;
+  const int32* load_at;  // [8][4]
+  unsigned char* image;  // [8][1024]
+};
+
+KERNEL void conformance(const __grid_constant__ Params params) {
+  SharedCarver carver;
+  const SharedAddress boxes = carver.take(8 * 1024, "boxes"), full = carver.take(8, "full", 8);
+  const int32 lane = lane_index();
+  if (lane == 0) {
+    mbarrier_init(full, 1);
+    fence_mbarrier_init();
+    mbarrier_arrive_expect(full, 8 * 1024);
+  }
+  sync_warp();
+  if (lane < 8) {
+    const int32* at = params.load_at + 4 * lane;
+    tma_load(boxes + 1024 * lane, params.from, {at[0], at[1], at[2], at[3]}, full);
+  }
+  mbarrier_wait(full, 0);
+  sync_warp();
+  if (lane == 0) {
+    bulk_store(params.image, boxes, 8 * 1024);
+    bulk_commit();
+    bulk_wait<0>();
+  }
+}
+"""
+
+
 def swizzled(offset: Array, swizzle: int) -> Array:
     """Where the byte at `offset` of a tile lies: the address's bits 4 … exclusive-or'ed by 7 …"""
     bits = {0: 0, 32: 1, 64: 2, 128: 3}[swizzle]
@@ -179,6 +217,14 @@ def box_case(
     )
 
 
+_PLACES = [[64 * (i % 2), 8 * (i // 2 % 2), i % 3, i % 4 - 1] for i in range(8)]
+
+
+def _boxes(given: Mapping[str, Array]) -> dict[str, Array]:
+    boxes = (cut(given["source"], tuple(at), (64, 8, 1, 1)) for at in _PLACES)
+    return {"image": np.concatenate([image_of(box, 128) for box in boxes])}
+
+
 def _fenced(given: Mapping[str, Array]) -> dict[str, Array]:
     from .warps import _rows_of
 
@@ -208,6 +254,19 @@ CASES = (
     # Elements of one byte and of four.
     box_case((144, 20), (128, 8), (16, 14), (0, 2), 128, np.uint8),
     box_case((48, 20), (32, 16), (20, 10), (16, 8), 128, np.uint32),
+    Case(
+        "copies",
+        "boxes-by-lanes",
+        "tma_load mbarrier_arrive_expect",
+        LANES,
+        {
+            "source": Numbers(6).integers(1, 250, (3, 3, 16, 72)).astype(np.uint16),
+            "load_at": np.array(_PLACES, np.int32),
+        },
+        {"image": np.zeros(8 * 1024, np.uint8)},
+        maps=(Map("source", (64, 8, 1, 1), 128),),
+        expected=_boxes,
+    ),
     Case(
         "copies",
         "row",
