@@ -382,7 +382,7 @@ def _suits_hopper(problem: Problem) -> bool:
     """
     if problem.sparse:
         return _mla_rows(problem) == MLA_ROWS
-    return problem.page_size in MLA_PAGE_SIZES
+    return problem.page_size in MLA_PAGE_SIZES and _hopper.describable(problem.k)
 
 
 def _mla_merge(

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ._config import FmhaHopperConfig
-from ._records import Problem
+from ._records import Layout, Problem
 
 HEAD_DIMS = (64, 96, 128, 192, 256)  # it is compiled for; others are rounded up
 SMALLEST_PAGE = 8  # rows that the swizzle repeats after
@@ -21,10 +21,13 @@ def fits(problem: Problem) -> bool:
     """Say whether tensor maps can describe the arrays of a call."""
     if problem.form == "paged" and problem.page_size < SMALLEST_PAGE:
         return False
-    return all(
+    return all(map(describable, (problem.q, problem.k, problem.v)))
+
+
+def describable(array: Layout) -> bool:
+    """Say whether a tensor map can have an array's strides."""
+    return 0 in array.shape or all(
         size == 1 or 0 < 2 * stride <= LARGEST_STRIDE
-        for array in (problem.q, problem.k, problem.v)
-        if 0 not in array.shape
         for size, stride in zip(array.shape[:-1], array.strides[:-1], strict=True)
     )
 

@@ -29,7 +29,7 @@ class Map(NamedTuple):
 
 
 def encode(pointer: int, array: Map) -> bytes:
-    """Let the driver describe an array that lies at `pointer`; 0: nothing of it is read."""
+    """Let the driver describe an array that lies at `pointer`, on 16 bytes unless it is empty."""
     _, sizes, strides, box = array
     rank = len(sizes)
     room = ctypes.create_string_buffer(SIZE + ALIGNMENT)
@@ -38,7 +38,7 @@ def encode(pointer: int, array: Map) -> bytes:
         ctypes.c_void_p(start),
         ctypes.c_int(_UINT16),
         ctypes.c_uint32(rank),
-        ctypes.c_void_p(pointer or ALIGNMENT),
+        ctypes.c_void_p(pointer & -16 or ALIGNMENT),
         (ctypes.c_uint64 * rank)(*sizes),
         (ctypes.c_uint64 * (rank - 1))(*strides),
         (ctypes.c_uint32 * rank)(*box),

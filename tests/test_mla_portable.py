@@ -24,6 +24,7 @@ from mla_cases import (
     MlaCase,
     mla_call,
     ones,
+    problem_of_mla,
 )
 from skip_checks import check_against_replay
 from test_emulator_decode import CLOSE, On, by_order
@@ -73,6 +74,25 @@ def test_a_token_does_not_know_its_batch(device: Any) -> None:
     result = device.run(doubled, batch_invariant=True)
     for request in range(2):
         assert_same_bits(result.out[request], both.out[0], f"request {request}")
+
+
+def test_pages_that_are_all_the_same_one(device: Any) -> None:
+    """A stride of 0, which tensor maps cannot have: the portable kernel reads such a cache."""
+    call = mla_call(MlaCase(top_k=64, lengths=ones(40)))
+    q, cache, tables, lengths = call.arrays
+    one = replace(call, options={"scale": 0.1}, arrays=(q, cache, 0 * tables, lengths))
+    cache = device.to_device(cache)[:1]
+    strides = (0, *cache.strides[1:])
+    again = device.xp.lib.stride_tricks.as_strided(cache, (5, *cache.shape[1:]), strides)
+    given = (device.to_device(q), again, device.to_device(tables % 5), device.to_device(lengths))
+    assert_same_bits(
+        device.to_host(cuattn.mla_decode(*given, scale=0.1)), device.run(one).out, "one page"
+    )
+    layout = replace(
+        problem_of_mla(one).k, shape=(5, 1, *cache.shape[1:]), strides=(0, 576, 576, 1)
+    )
+    plan = _heuristics.mla_decode(replace(problem_of_mla(one), k=layout), card("sm_90a"))
+    assert plan.kernel == "mla_decode_sm80"
 
 
 # --- other architectures -------------------------------------------------------------------------
