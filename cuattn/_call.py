@@ -220,15 +220,17 @@ def attend(
             _check_overlap(form, views, optional)
     if skip_key and skip_key[3]:
         counts_at = skip.stats.counts(batch, q_heads, q.device).data.ptr
+    current = cupy.cuda.get_current_stream().ptr
+    new = _workspace.array if current and _launch.capturing(current) else cupy.ndarray
     if out is None:
-        out = cupy.ndarray(out_shape, dtype)
+        out = new(out_shape, dtype)
         out_at = out.data.ptr
     if lse is None and return_lse:
-        lse = cupy.ndarray(lse_shape, np.float32)
+        lse = new(lse_shape, np.float32)
         lse_at = lse.data.ptr
     lost = None
     if skip_key and skip_key[4]:
-        lost = cupy.ndarray(lse_shape, np.float32)
+        lost = new(lse_shape, np.float32)
         lost_at = lost.data.ptr
     places = (
         *pointers,
@@ -241,7 +243,6 @@ def attend(
         counts_at,
         lost_at,
     )
-    current = cupy.cuda.get_current_stream().ptr
     if stream is None and _launch.simple(every, current):
         launch((*places, *_room(partials, q.device, current)), current)
     else:

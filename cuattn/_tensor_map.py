@@ -6,6 +6,7 @@ The emulator has its own: `emulator.tensor_map`.
 from __future__ import annotations
 
 import ctypes
+from functools import cache
 from typing import NamedTuple
 
 from ._config import CHUNK, GROUP_ROWS
@@ -34,7 +35,7 @@ def encode(pointer: int, array: Map) -> bytes:
     rank = len(sizes)
     room = ctypes.create_string_buffer(SIZE + ALIGNMENT)
     start = -(-ctypes.addressof(room) // ALIGNMENT) * ALIGNMENT
-    failed = ctypes.CDLL("libcuda.so.1").cuTensorMapEncodeTiled(
+    failed = _driver().cuTensorMapEncodeTiled(
         ctypes.c_void_p(start),
         ctypes.c_int(_UINT16),
         ctypes.c_uint32(rank),
@@ -54,6 +55,11 @@ def encode(pointer: int, array: Map) -> bytes:
             f"{strides} bytes, box {box}"
         )
     return ctypes.string_at(start, SIZE)
+
+
+@cache
+def _driver() -> ctypes.CDLL:
+    return ctypes.CDLL("libcuda.so.1")
 
 
 def maps_of(problem: Problem, plan: Plan) -> tuple[Map, ...]:

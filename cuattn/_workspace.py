@@ -1,7 +1,8 @@
 """Memory for partial results, shared by the calls on one stream, which run one after the other.
 
 A CUDA graph may run at any time beside its stream: what is captured gets memory of its own, shared
-by the calls of one capture, which is never given back.
+by the calls of one capture, which is never given back.  The capture may forbid to allocate, as
+those of PyTorch and XLA do; here it is allowed.
 """
 
 from __future__ import annotations
@@ -42,6 +43,14 @@ class _Arena:
 
 
 _arenas: dict[tuple[int, int, int], _Arena] = {}
+
+
+def array(shape: tuple[int, ...], dtype: Any) -> Any:
+    """Return a new CuPy array in a capture of whatever mode; no value is set."""
+    import cupy
+
+    with _allocating():
+        return cupy.ndarray(shape, dtype)
 
 
 def partials(sizes: tuple[int, int, int], device: int, stream: int) -> tuple[int, int, int]:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from ml_dtypes import bfloat16
 
-from . import _check_tools, _ingest, _launch, _overlap, _tools
+from . import _check_tools, _ingest, _launch, _overlap, _tools, _workspace
 from ._overlap import ITEMSIZE
 from ._records import Step, View
 from ._tool_params import COLUMNS, MERGE, MOST_PARTS, MergeConfig
@@ -156,10 +156,13 @@ def _launched(parts: _Parts, out_dtype: Any, stream: int | None) -> tuple[Any, A
     plan, launches = _tools.kept(key, lambda: _prepared(parts, out_dtype))
     if given:
         _check_overlap(parts)
-    made_out: Any = cupy.ndarray(plan.shape, plan.dtype) if out is None else None
-    made_lse: Any = cupy.ndarray(plan.shape[:-1], np.float32) if lse is None else None
+    current = cupy.cuda.get_current_stream().ptr
+    captured = current and _launch.capturing(current)
+    new = _workspace.array if captured else cupy.ndarray
+    made_out: Any = new(plan.shape, plan.dtype) if out is None else None
+    made_lse: Any = new(plan.shape[:-1], np.float32) if lse is None else None
     last = (out[0] if out else made_out.data.ptr, lse[0] if lse else made_lse.data.ptr)
-    between = [_between(plan, cupy.ndarray) for _ in plan.rounds[1:]]
+    between = [_between(plan, new) for _ in plan.rounds[1:]]
     ends = [*((x.data.ptr, y.data.ptr) for x, y in between), last]
     begins = [(0, 0), *ends[:-1]]
     sent = [

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import os
 import shutil
+import sys
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -75,6 +76,33 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         reason = missing() if marked else None
         for item in marked if reason else ():
             item.add_marker(pytest.mark.skip(reason=reason))
+
+
+failed: set[str] = set()  # tests of this process
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if report.failed:
+        failed.add(report.nodeid)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_logfinish(nodeid: str) -> None:
+    """Leave a process whose GPU answers with errors from now on; xdist starts another one."""
+    if nodeid in failed and "PYTEST_XDIST_WORKER" in os.environ and gpu_is_lost():
+        os._exit(1)
+
+
+def gpu_is_lost() -> bool:
+    """Whether a kernel broke the CUDA context of this process, in which nothing can run then."""
+    if "cupy" not in sys.modules or missing_gpu():
+        return False
+    runtime = sys.modules["cupy"].cuda.runtime
+    try:
+        runtime.deviceSynchronize()
+    except runtime.CUDARuntimeError:
+        return True
+    return False
 
 
 @dataclass(frozen=True)
@@ -248,11 +276,16 @@ TURNS: tuple[dict[str, Any], ...] = (
 def short_lines(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Let decode's blocks do several items where there are more than places for blocks."""
     monkeypatch.setattr(_heuristics, "LINE", 1)
-    for plan in (_heuristics.decode, _heuristics.mla_decode):
-        plan.cache_clear()
+    forget_plans()
     yield
+    forget_plans()
+
+
+def forget_plans() -> None:
+    """Let calls of decode be planned anew, those that a GPU has prepared, too."""
     for plan in (_heuristics.decode, _heuristics.mla_decode):
         plan.cache_clear()
+    _call._prepared.clear()
 
 
 @pytest.fixture(scope="session")
@@ -270,7 +303,10 @@ def huge(gpu: Any) -> Any:
     free = cupy.cuda.runtime.memGetInfo()[0]
     if free < HUGE_BYTES + (1 << 30):
         pytest.skip(f"the device has {free >> 20} MiB free; 10 GiB are wanted")
-    memory = cupy.empty(HUGE_BYTES, "uint8")
+    try:
+        memory = cupy.empty(HUGE_BYTES, "uint8")
+    except cupy.cuda.memory.OutOfMemoryError:  # another process of the tests was quicker
+        pytest.skip("10 GiB of the device are wanted")
     memory.fill(0xFF)
     yield memory
     del memory
@@ -296,7 +332,9 @@ def has_hopper() -> bool:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     # In the emulator the tables would take minutes; `test_emulator_prefill_hopper.py` has its own.
-    if "prefill_kernel" in metafunc.fixturenames and has_hopper():
+    marks = metafunc.definition.iter_markers("parametrize")
+    chosen = any("prefill_kernel" in mark.args for mark in marks)
+    if "prefill_kernel" in metafunc.fixturenames and not chosen and has_hopper():
         metafunc.parametrize("prefill_kernel", ["portable", "hopper"], indirect=True)
 
 

@@ -25,7 +25,11 @@ from decode_cases import (
     DecodeCase,
     alone,
     decode_call,
+    problem_of_decode,
 )
+from mla_cases import MlaCase, mla_call, problem_of_mla
+
+from cuattn import _heuristics
 
 TOKENS = DecodeCase(lengths=((4, 100), (4, 203)), form="tokens")
 LONG = DecodeCase(lengths=((1, 1), (1, 1900), (1, 0), (1, 333), (1, 512)))
@@ -199,3 +203,22 @@ def test_cases_share_their_kernels() -> None:
     }
     assert len(kernels) * 4 <= len(cases)
     assert max(case.kv_heads * sum(kv for _, kv in case.lengths) for case in cases) <= 6000
+
+
+MANY = tuple((1, n % 150) for n in range(700))
+
+
+@pytest.mark.usefixtures("short_lines")
+@pytest.mark.parametrize(
+    "case",
+    [DecodeCase(lengths=MANY), MlaCase(d_qk=320, d_v=256, lengths=MANY)],
+    ids=lambda case: type(case).__name__,
+)
+def test_blocks_do_one_item_after_the_other(gpu: Any, case: DecodeCase) -> None:
+    """As they do where there are more items than blocks in line."""
+    mla = isinstance(case, MlaCase)
+    call = mla_call(case) if mla else decode_call(case)
+    problem = problem_of_mla(call) if mla else problem_of_decode(call)
+    plan = getattr(_heuristics, call.function)(problem, gpu.current())
+    assert plan.items > plan.grid[0] >= gpu.current().multiprocessors
+    gpu.check(call)

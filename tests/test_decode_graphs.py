@@ -312,6 +312,31 @@ def test_torch_captures_a_call(gpu: Any, torch: Any) -> None:
         assert_same_bits(seen, gpu.run(other).out, seq_lens)
 
 
+def test_torch_captures_a_call_whose_results_are_new(gpu: Any, torch: Any) -> None:
+    """CuPy has nothing in stock for them, and torch's capture forbids to allocate."""
+    import cupy
+
+    import cuattn
+
+    call = everywhere(FLAT)
+    tensors = in_torch(torch, gpu, call)
+    skip = cuattn.SkipSoftmax(max_dropped_mass=0.05, certificate=True)
+    options = {**call.options, "return_lse": True, "skip_softmax": skip}
+    wanted = cuattn.decode(*tensors, **options)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    side = torch.cuda.Stream()
+    cupy.get_default_memory_pool().free_all_blocks()
+    with cupy.cuda.Stream.from_external(side), torch.cuda.graph(graph, stream=side):
+        results = cuattn.decode(*tensors, **options)
+    for x in results:
+        words(x).fill(0)
+    graph.replay()
+    torch.cuda.synchronize()
+    for seen, x in zip(results, wanted, strict=True):
+        assert_same_bits(gpu.to_host(seen), gpu.to_host(x), FLAT)
+
+
 def test_decode_runs_on_the_current_stream_of_torch(gpu: Any, torch: Any) -> None:
     """Inputs made late on a side stream are waited for, and may be overwritten after the call."""
     import cupy

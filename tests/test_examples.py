@@ -49,6 +49,8 @@ def test_every_example_is_tested() -> None:
 def check(example: Path) -> None:
     """Run an example that works here and look at the heads of its lines."""
     done = run(example)
+    if FRAMEWORKS[example.stem][0] != "cupy" and "wants an NVIDIA GPU" in done.stderr:
+        pytest.skip(f"{FRAMEWORKS[example.stem][0]} has no CUDA device: {done.stderr.strip()}")
     assert done.returncode == 0, done.stderr
     heads = [line.split(":")[0] for line in done.stdout.splitlines()]
     assert heads == LINES.get(example.stem, ["dense", "skip"])

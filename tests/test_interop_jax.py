@@ -28,7 +28,7 @@ LENGTHS = np.array([41, 0, 64], np.int32)
 TABLES = np.array([[5, 2, 9, -1], [-1, -1, -1, -1], [0, 7, 3, 4]], np.int32)
 ENDS = np.array([0, 3, 3, 5], np.int32)  # of new tokens
 PAGE = 16
-SPARSE = jnp.asarray(np.random.default_rng(0).integers(0, 10 * PAGE, (3, 64)), jnp.int32)
+SPARSE = np.random.default_rng(0).integers(0, 10 * PAGE, (3, 64)).astype(np.int32)
 
 
 @pytest.fixture(autouse=True)
@@ -125,7 +125,7 @@ CASES = (
     Case(
         "mla_decode",
         lambda: (made(3, 4, 576), mla_cache(), None, LENGTHS),
-        lambda: {"scale": 0.05, "sparse_indices": SPARSE, "latent_dim": 512},
+        lambda: {"scale": 0.05, "sparse_indices": jnp.asarray(SPARSE), "latent_dim": 512},
     ),
     Case(
         "mla_decode",

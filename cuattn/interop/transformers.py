@@ -352,7 +352,7 @@ def _is_causal_pattern(
     if mask_function is bidirectional_mask_function:
         return False
     config = more.get("config")
-    composed = mask_function.__qualname__.startswith("and_masks.")
+    composed = mask_function.__qualname__ == "and_masks.<locals>.and_mask"
     if composed and local_size is not None and not more.get("use_vmap"):
         sliding = local_size == getattr(config, "sliding_window", None)
         chunked = getattr(config, "attention_chunk_size", None) is not None
