@@ -140,7 +140,7 @@ def attend(
     stream: int | None,
     layout: str | None = None,
 ) -> Any:
-    """Return the output, or (output, LSE), of one call.
+    """Return the output of one call, or a tuple of it and what else was asked for.
 
     `pointers` are those of `_params.POINTERS` up to block_tables, 0 for what the form lacks;
     `given` holds the `Keywords`; `layout` is a paged cache's.
@@ -336,7 +336,7 @@ def _check_skip(form: Form, skip: Any) -> None:
     if not isinstance(skip, SkipSoftmax):
         raise TypeError(f"skip_softmax is a {type(skip).__name__}; wanted a SkipSoftmax")
     if not form.decodes:
-        _check.refuse_decode_only(skip.max_dropped_mass, skip.certificate)
+        _check.refuse_mass_bound(skip.max_dropped_mass)
 
 
 def _prepare(asked: _Asked) -> _Prepared:

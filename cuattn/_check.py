@@ -356,14 +356,13 @@ def dtype_name(dtype: Any) -> str | None:
     return found.group()
 
 
-def refuse_decode_only(max_dropped_mass: Any, certificate: Any) -> None:
-    """Raise ValueError for the two parts of a SkipSoftmax that only decode can honour."""
-    for name, value in (("max_dropped_mass", max_dropped_mass), ("certificate", certificate)):
-        if value is not None and value is not False:
-            raise ValueError(
-                f"skip_softmax has {name}={value!r}, which prefill cannot honour; wanted threshold "
-                "or threshold_scale_factor"
-            )
+def refuse_mass_bound(max_dropped_mass: Any) -> None:
+    """Raise ValueError for the part of a SkipSoftmax that only decode can honour."""
+    if max_dropped_mass is not None:
+        raise ValueError(
+            f"skip_softmax has max_dropped_mass={max_dropped_mass!r}, which prefill cannot honour; "
+            "wanted threshold or threshold_scale_factor"
+        )
 
 
 def _window(value: Any, kv_len: int) -> int:

@@ -32,6 +32,7 @@ class FmhaConfig(KernelConfig):
     paged: bool = False
     soft_cap: bool = False
     skip_softmax: bool = False
+    certificate: bool = False
 
     @property
     def threads(self) -> int:
@@ -59,6 +60,7 @@ class FmhaHopperConfig(KernelConfig):
     paged: bool = False
     soft_cap: bool = False
     skip_softmax: bool = False
+    certificate: bool = False
 
     @property
     def block_q(self) -> int:

@@ -70,6 +70,7 @@ def portable_prefill(problem: Problem, device: Device) -> Plan:
         paged=problem.form == "paged",
         soft_cap=problem.soft_cap > 0,
         skip_softmax=problem.skip is not None,
+        certificate=problem.skip is not None and problem.skip.certificate,
     )
     q_blocks, blocks = _row_blocks(problem, config.block_q)
     return Plan(
@@ -158,6 +159,7 @@ def hopper_prefill(problem: Problem, device: Device) -> Plan:
         paged=problem.form == "paged",
         soft_cap=problem.soft_cap > 0,
         skip_softmax=problem.skip is not None,
+        certificate=problem.skip is not None and problem.skip.certificate,
     )
     q_blocks, items = _row_blocks(problem, config.block_q)
     where = "registers" if config.q_in_registers else "shared memory"

@@ -17,6 +17,9 @@ from cuattn._records import Geometry
 Array = NDArray[Any]
 
 ARITHMETICS = ("float64", "float32-plain")
+# Of a certificate of prefill; twins of kernels/attention/certificate.cuh.
+CERTIFICATE_MARGIN = 1 + 2**-8
+SMALLEST_SHARE = 2.0**-80
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +40,9 @@ class Result:
         threshold was outside [0, 1). Zero when no geometry is given.
     dropped_mass : ndarray of float64, ``[q_len, heads]``
         Share of the full softmax denominator that lies in skipped tiles.
+    certificate : ndarray of float64, ``[q_len, heads]``
+        What is returned with ``certificate=True``: of prefill an upper bound of `dropped_mass`, of
+        decode `dropped_mass` itself.
     margin : float
         Distance of the closest vote from turning out the other way, in natural-log units; inf when
         there was none. Counts can be compared exactly while float32 scores are closer than this.
@@ -51,6 +57,7 @@ class Result:
     skipped: Array
     ineligible: Array
     dropped_mass: Array
+    certificate: Array
     margin: float
     statistics: Array
 
@@ -216,6 +223,21 @@ def dropped_share(scores: Array, lost: Array, sinks: Array | None) -> Array:
     with np.errstate(invalid="ignore"):
         mass = np.exp(_log_sum(scores, lost, None) - everything)
     return np.where(lost.any(axis=2), mass, 0.0)
+
+
+def largest_share(
+    scores: Array, lost: Array, kept: Array, sinks: Array | None, tile_keys: int
+) -> Array:
+    """Certificate of each row, [head, row]; the keys begin with those of a tile."""
+    starts = np.arange(0, scores.shape[2], tile_keys)
+    maxima = np.maximum.reduceat(np.where(lost, scores, -np.inf), starts, axis=2)
+    with np.errstate(divide="ignore"):
+        counts = np.log(np.add.reduceat(lost, starts, axis=2, dtype=np.float64))
+    everything = np.concatenate([np.where(kept, scores, -np.inf), maxima + counts], axis=2)
+    of_lost = np.arange(everything.shape[2]) >= scores.shape[2]
+    share = dropped_share(everything, np.broadcast_to(of_lost, everything.shape), sinks)
+    certified = np.clip(share * CERTIFICATE_MARGIN, SMALLEST_SHARE, 1.0)
+    return np.where(lost.any(axis=2), certified, 0.0)
 
 
 def weigh(

@@ -48,8 +48,8 @@ def configs(arch: str) -> list[tuple[str, Config]]:
     """Return the configurations that `python -m cuattn compile` makes for one target.
 
     Compiled at first use: unequal head dimensions other than 192/128, outputs of another dtype than
-    the inputs; of decode, more than 16 rows, many short items, a soft cap with skipping, and the
-    certificate of a threshold; of MLA, that too, on Hopper pages of other than 64 tokens and
+    the inputs, the certificate of a threshold; of decode, more than 16 rows, many short items, a
+    soft cap with skipping; of MLA, on Hopper pages of other than 64 tokens and
     skipping in lists, and elsewhere a bound of the dropped mass, 17 to 32 rows and all but a latent
     part of 512 and a rope part of 64.
     """

@@ -65,9 +65,11 @@ def prefill(
 
     Returns
     -------
-    cupy.ndarray, or a pair of them
-        The output and, if asked for, the log-sum-exp of the scores (natural logarithm, sink
-        included). A query that sees no key gives 0 and −∞.
+    cupy.ndarray, or a tuple of them
+        The output; if asked for, the log-sum-exp of the scores (natural logarithm, sink included);
+        and with ``SkipSoftmax(certificate=True)`` an upper bound of the share of its weight that
+        each row lost, float32 ``[batch, q_len, q_heads]``. A query that sees no key gives 0, −∞ and
+        0.
 
     Raises
     ------
@@ -144,7 +146,7 @@ stream
 
     Returns
     -------
-    cupy.ndarray, or a pair of them
+    cupy.ndarray, or a tuple of them
         As in `prefill`. Tokens that belong to no request are not written.
 
     Examples
@@ -225,7 +227,7 @@ stream
 
     Returns
     -------
-    cupy.ndarray, or a pair of them
+    cupy.ndarray, or a tuple of them
         As in `prefill_ragged`.
 
     Examples

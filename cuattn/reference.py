@@ -26,6 +26,7 @@ from cuattn._replay import (
     dtype_of,
     gather_pages,
     join,
+    largest_share,
     log_thresholds,
     options_of,
     score,
@@ -109,7 +110,7 @@ def attention(
 
     out = np.zeros((heads, q_len, v.shape[2]), inner)
     lse = np.full((heads, q_len), -np.inf, inner)
-    dropped_mass = np.zeros((heads, q_len))
+    dropped_mass, certificate = np.zeros((2, heads, q_len))
     skipped = np.zeros(heads, np.int64)
     statistics: list[Array] = []
     visited, margin = 0, np.inf
@@ -133,6 +134,9 @@ def attention(
             lost = votes.dropped & kept
             kept = kept & ~votes.dropped
             dropped_mass[:, rows] = dropped_share(exact, lost, options.sinks)
+            certificate[:, rows] = largest_share(
+                exact, lost, kept, options.sinks, geometry.block_kv
+            )
             visited += votes.visited
             skipped += votes.skipped
             margin = min(margin, votes.margin)
@@ -149,6 +153,7 @@ def attention(
         skipped=skipped,
         ineligible=np.where(eligible, 0, visits),
         dropped_mass=dropped_mass.T.copy(),
+        certificate=certificate.T.copy(),
         margin=float(margin),
         statistics=np.concatenate([np.zeros((0, heads)), *statistics]),
     )
@@ -240,6 +245,7 @@ def prefill(
         out=result.out.reshape(batch, q_len, heads, v.shape[3]),
         lse=result.lse.reshape(batch, q_len, heads),
         dropped_mass=result.dropped_mass.reshape(batch, q_len, heads),
+        certificate=result.certificate.reshape(batch, q_len, heads),
     )
 
 
@@ -307,12 +313,14 @@ def prefill_ragged(
     out_type = (q.dtype if out_dtype is None else dtype_of(out_dtype)) if plain else np.float64
     out = np.full((q.shape[0], heads, v.shape[2]), np.nan, out_type)
     lse = np.full(out.shape[:2], np.nan, np.float32 if plain else np.float64)
-    dropped_mass = np.full(out.shape[:2], np.nan)
+    dropped_mass, certificate = np.full((2, *out.shape[:2]), np.nan)
     for ((first, end), _), result in zip(spans, results, strict=True):
         out[first:end] = result.out
         lse[first:end] = result.lse
         dropped_mass[first:end] = result.dropped_mass
-    return join(results, heads, out=out, lse=lse, dropped_mass=dropped_mass)
+        certificate[first:end] = result.certificate
+    masses = {"dropped_mass": dropped_mass, "certificate": certificate}
+    return join(results, heads, out=out, lse=lse, **masses)
 
 
 def prefill_paged(

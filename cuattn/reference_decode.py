@@ -171,6 +171,7 @@ def attend(
         out=out.reshape(*q.shape[:-1], keys.v.shape[2]),
         lse=lse.reshape(q.shape[:-1]),
         dropped_mass=dropped_mass.reshape(q.shape[:-1]),
+        certificate=dropped_mass.reshape(q.shape[:-1]),
     )
 
 
@@ -252,6 +253,7 @@ def _request(
         skipped=votes.skipped,
         ineligible=np.where(rule.eligible, 0, votes.visited),
         dropped_mass=dropped_mass.T,
+        certificate=dropped_mass.T,
         margin=votes.margin,
         statistics=votes.statistics,
     )

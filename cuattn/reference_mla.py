@@ -175,6 +175,7 @@ def _by_request(result: Result, shape: tuple[int, ...], request: Array, batch: i
         out=result.out.reshape(*shape, result.out.shape[-1]),
         lse=result.lse.reshape(shape),
         dropped_mass=result.dropped_mass.reshape(shape),
+        certificate=result.certificate.reshape(shape),
         visited=summed(result.visited),
         skipped=summed(result.skipped),
         ineligible=summed(result.ineligible),

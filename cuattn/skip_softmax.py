@@ -128,12 +128,22 @@ class SkipSoftmax:
     stats : SkipStats, optional
         Counters to add to.
     certificate : bool
-        Decode only: return the share of its weight that every row lost, as one more result.
+        Return how much of its weight every row lost, as one more result: float32 of LSE's shape,
+        behind LSE if that is asked for. Of decode and MLA decode it is the share itself; of prefill
+        an upper bound of it, typically several times as large, see Notes.
 
     Notes
     -----
     Which rows vote together and how many keys a tile has is part of each kernel's plan, so λ cannot
     be carried from one kernel to another: ``python -m cuattn info --plan`` prints it.
+
+    The share δ that a row lost bounds its error: with v the longest of its values, the output is
+    off by at most ``2·δ·|v|``. Prefill never weighs the keys that it leaves out. It takes each for
+    as heavy as the heaviest of its tile that the row sees: with n such keys in a tile, m the row's
+    maximum over kept keys and l the row sum relative to it (sink included),
+    ``u = Σ n·exp(tile maximum − m)`` over tiles left out, and ``δ ≤ u / (u + l)``. What is returned
+    is 1/256 larger, which covers all rounding for logits up to 4096 and 131072 keys; it is at most
+    1, and 0 only for a row that lost nothing.
 
     References
     ----------

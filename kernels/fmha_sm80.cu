@@ -9,6 +9,7 @@
 //   request Q and tile 0
 //   for each tile i:   wait │ request tile i + 1 │ S = Q Kᵀ │ mask │ skip? │ softmax │ O += P V
 //   write O and LSE
+#include <attention/certificate.cuh>
 #include <attention/config.cuh>
 #include <attention/kv_source.cuh>
 #include <attention/mask.cuh>
@@ -57,6 +58,7 @@ struct WarpState {
   float output[row_tiles][value_tiles][4];  // O, not yet divided by the row sums
   RowStatistics<row_tiles> rows;
   SkipRule skip;
+  LostWeight<row_tiles> lost;
   float squash_factor;  // with a cap, scores are tanh(Q Kᵀ · squash_factor)
   float scale;          // from scores to log2 units
 };
@@ -87,7 +89,14 @@ DEVICE void compute_tile(WarpState& state, const Shared& shared, const Visibilit
   float tile_maxima[row_tiles][2];
   row_maxima(tile_maxima, scores);
   if constexpr (config.skip_softmax) {
-    if (state.skip.vote(tile_maxima, state.rows.maximum)) return;
+    if (state.skip.vote(tile_maxima, state.rows.maximum)) {
+      if constexpr (config.certificate) {
+        // NOTE: `warp_row` again: to keep it up to here takes a register too many at d 128.
+        const int32 first_row = recomputed(warp_index()) * config.rows_per_warp;
+        state.lost.add(tile_maxima, visibility, first_row, keys, state.scale);
+      }
+      return;
+    }
   }
   raise_maxima(state.rows, tile_maxima, state.output, state.scale);
   const auto v = row_reader(shared.v.tile(step));
@@ -107,6 +116,7 @@ DEVICE void finish(const AttentionParams& params, const WarpState& state) {
   const RowTarget<Output> target = target_of<Output>(params, work);
   const Finish finish = finish_of(params, work.head, state.scale);
   write_rows(target, state.output, state.rows, finish, first_row);
+  if constexpr (config.certificate) state.lost.write(target, state.rows, finish, first_row);
   if constexpr (config.skip_softmax) {
     const Visibility visibility{work.q_len, work.kv_len, params.causal, params.window_left};
     const Range keys = visibility.keys_of_rows(first_row, config.rows_per_warp);

@@ -14,6 +14,7 @@
 //   for each tile i > 0:   begin S = Q Kᵀ of i │ begin O += P V of i − 1 │ wait for S │ mask │
 //                          skip? │ softmax │ wait for O │ bring O to the new maxima
 //   O += P V of the last tile │ write O and LSE
+#include <attention/certificate.cuh>
 #include <attention/config.cuh>
 #include <attention/mask.cuh>
 #include <attention/online_softmax.cuh>
@@ -59,6 +60,7 @@ struct State {
   // Maxima over all tiles that were not left out.
   float heaviest[1][2] = {{-infinity(), -infinity()}};
   SkipRule skip;
+  LostWeight<1> lost;
   float squash_factor;  // with a cap, scores are tanh(Q Kᵀ · squash_factor)
   float scale;          // from scores to log2 units
 };
@@ -308,7 +310,12 @@ DEVICE bool attend_or_skip(State& state, const Shared& shared, const Place& plac
   const bool skip = vote(state, tile_maxima, shared, place, tile, first_key);
   wgmma_wait<0>(state.output);
   release(shared.v_empty + shared.stage(tile - 1));
-  if (skip) return false;
+  if (skip) {
+    const Range keys{first_key, first_key + config.block_kv};
+    if constexpr (config.certificate)
+      state.lost.add(tile_maxima, place.visibility, place.warp_row, keys, state.scale);
+    return false;
+  }
   const bool raised = raise(state, shrink, tile_maxima);
   exponentiate<0, key_steps>(state);
   pack_probabilities(state);
@@ -350,6 +357,7 @@ DEVICE void finish(State& state, const AttentionParams& params, const Work& work
   } else {
     write_rows(target, tiles_of(state.output), state.rows, finish, first_row);
   }
+  if constexpr (config.certificate) state.lost.write(target, state.rows, finish, first_row);
   if constexpr (config.skip_softmax) {
     const Range keys = place.visibility.keys_of_rows(place.first_row, group_rows);
     const float lambda = skip_lambda(params, work.request, work.head, work.kv_len);

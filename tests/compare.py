@@ -97,6 +97,19 @@ def assert_same_share(
     np.testing.assert_allclose(seen, wanted, allowed, 1e-30, err_msg=f"{case}: dropped_mass")
 
 
+def assert_bounds(actual: Array, lost: Array, case: Any) -> None:
+    """Demand certificates to be no less than float64 says was lost, and 0 where that is nothing.
+
+    There is no tolerance: their margin covers rounding.
+    """
+    rows = np.isfinite(lost)
+    seen, wanted = actual[rows].astype(np.float64), lost[rows]
+    np.testing.assert_array_equal(seen > 0, wanted > 0, f"{case}: certificate")
+    worst = int((wanted - seen).argmax())
+    assert (seen >= wanted).all(), f"{case}: {wanted[worst]} was lost, certified are {seen[worst]}"
+    assert seen.max() <= 1, f"{case}: a certificate is above 1"
+
+
 def _assert_same_places(seen: Array, wanted: Array, case: Any, what: str) -> None:
     """inf, -inf and NaN must be where they are expected, and nowhere else."""
     for name, place in (("NaN", np.isnan), ("inf", np.isposinf), ("-inf", np.isneginf)):

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import pytest
 from cases import Call, Case, problem_of
-from compare import NAN_BITS, assert_close, assert_same_share, bits
+from compare import NAN_BITS, assert_bounds, assert_close, assert_same_share, bits
 from decode_cases import problem_of_decode
 from mla_cases import problem_of_mla
 from numpy.typing import NDArray
@@ -111,7 +111,7 @@ class Outcome:
 
     out: Array
     lse: Array
-    dropped_mass: Array | None = None  # of decode with a certificate
+    dropped_mass: Array | None = None  # what a certificate says
 
 
 @dataclass(frozen=True)
@@ -210,8 +210,10 @@ class Executor(ABC):
         if outcome.dropped_mass is not None:
             rows = np.isfinite(expected.lse)
             error = np.abs(plain.lse[rows] - expected.lse[rows]).max(initial=0.0)
-            share = (outcome.dropped_mass, expected.dropped_mass)
+            share = (outcome.dropped_mass, expected.certificate)
             assert_same_share(*share, float(error), call.case, float(logits))
+            if call.function.startswith("prefill"):
+                assert_bounds(outcome.dropped_mass, expected.dropped_mass, call.case)
 
     def geometry(self, call: Call, **fields: Any) -> Geometry | DecodeGeometry:
         """Who votes on what in the kernel that this call gets with such a `SkipSoftmax`."""
@@ -333,7 +335,7 @@ def has_hopper() -> bool:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     # In the emulator the tables would take minutes; `test_emulator_prefill_hopper.py` has its own.
     marks = metafunc.definition.iter_markers("parametrize")
-    chosen = any("prefill_kernel" in mark.args for mark in marks)
+    chosen = any("prefill_kernel" in mark.args[0] for mark in marks)
     if "prefill_kernel" in metafunc.fixturenames and not chosen and has_hopper():
         metafunc.parametrize("prefill_kernel", ["portable", "hopper"], indirect=True)
 

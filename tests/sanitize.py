@@ -91,9 +91,10 @@ def skipping() -> None:
     stats = cuattn.SkipStats()
     q, k, v = random(1, 300, 2, 128), random(1, 300, 2, 128), random(1, 300, 2, 128)
     k[:, 64:192] = 0  # scores of 0, against maxima of 2 and more
-    skip = cuattn.SkipSoftmax(threshold=0.5, stats=stats)
-    cuattn.prefill(*map(to_device, (q, k, v)), causal=True, skip_softmax=skip)
+    skip = cuattn.SkipSoftmax(threshold=0.5, stats=stats, certificate=True)
+    _, lost = cuattn.prefill(*map(to_device, (q, k, v)), causal=True, skip_softmax=skip)
     assert 0 < stats.skipped < stats.visited, (stats.skipped, stats.visited)
+    assert 0 < float(lost.max()) < 1
     print(f"skipping: {stats.skipped} of {stats.visited} tiles")
 
 

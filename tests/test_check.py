@@ -425,9 +425,7 @@ def test_cache_parts_refuses_other_counts() -> None:
         _check.cache_parts((1, 2, 3))
 
 
-def test_decode_only_skipping_is_refused() -> None:
-    _check.refuse_decode_only(None, False)
+def test_a_bound_of_the_mass_is_refused() -> None:
+    _check.refuse_mass_bound(None)
     with pytest.raises(ValueError, match=r"max_dropped_mass=0\.01, which prefill cannot honour"):
-        _check.refuse_decode_only(0.01, False)
-    with pytest.raises(ValueError, match="certificate=True, which prefill cannot honour; wanted"):
-        _check.refuse_decode_only(None, True)
+        _check.refuse_mass_bound(0.01)

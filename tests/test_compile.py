@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,11 +17,12 @@ import pytest
 
 pytest.importorskip("cupy")
 
-from cuattn import _cli_compile, _compile, _shipped, _sources
+from cuattn import _cli_compile, _compile, _heuristics, _hopper, _shipped, _sources
 from cuattn._cli_compile import Job
-from cuattn._config import FmhaHopperConfig
+from cuattn._config import FmhaConfig, FmhaHopperConfig
 
 ROOT = Path(__file__).resolve().parent.parent
+ROOM = _heuristics.SHARED_MEMORY["sm_90a"]
 
 TINY = {
     "tiny.cu": """
@@ -117,7 +119,7 @@ def test_shipped_configuration_compiles_without_spills(job: Job) -> None:
 
 # Each tile of Hopper's prefill kernel once; with every option where head dims are usual.
 HOPPER = [
-    config
+    replace(config, certificate=config.skip_softmax)
     for config in _shipped.hopper()
     if config.element == "bfloat16"
     and (config.paged, config.soft_cap, config.skip_softmax)
@@ -143,6 +145,25 @@ def test_warp_groups_of_mla_ask_for_no_more_registers_than_there_are(job: Job) -
     (scores,) = map(int, re.findall(r"registers_increase<(\d+)>", source))
     (weighs,) = map(int, re.findall(r"registers_decrease<(\d+)>", source))
     assert scores + 2 * weighs == 3 * compiled.registers
+
+
+# Prefill with a certificate where there is no register to spare.
+_PORTABLE = _heuristics.portable_tile(128, 128, False, "sm_90a", ROOM)[0]
+_UNEQUAL = _heuristics.portable_tile(192, 128, True, "sm_90a", ROOM)[0]
+CERTIFIED = [
+    ("fmha_sm80", _PORTABLE),
+    ("fmha_sm80", replace(_UNEQUAL, paged=True, soft_cap=True)),
+    ("fmha_sm90", replace(_hopper.tile(64, 64, ROOM), paged=True, soft_cap=True)),
+]
+
+
+@pytest.mark.parametrize(("kernel", "tile"), CERTIFIED)
+def test_certificates_compile_without_spills(
+    kernel: str, tile: FmhaConfig | FmhaHopperConfig
+) -> None:
+    config = replace(tile, skip_softmax=True, certificate=True)
+    compiled = _compile.load(kernel, config.define(), "sm_90a").compiled
+    assert compiled.spills == 0 and not compiled.notes, compiled.log
 
 
 def test_every_kernel_file_is_shipped_for_some_architecture() -> None:

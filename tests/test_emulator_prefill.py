@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from cases import RAGGED, USUAL, Call, Case, batched, numpy_skip, paged, problem_of, ragged
-from compare import assert_close
+from compare import assert_bounds, assert_close
 
 import cuattn
 from cuattn import _device, _heuristics, _shipped, emulator
@@ -43,7 +43,7 @@ SKIPS: dict[str, tuple[Call, dict[str, Any]]] = {
     "skip": (LONG, {"threshold": 0.3}),
     "skip-paged": (
         paged(replace(UNLIKE, lengths=((40, 400), (7, 64)))),
-        {"threshold_scale_factor": 150.0},
+        {"threshold_scale_factor": 150.0, "certificate": True},
     ),
     "skip-live": (LONG, {"threshold": np.array([[0.4, 0.1]], np.float32)}),
 }
@@ -54,15 +54,15 @@ ORDERS: tuple[dict[str, Any], ...] = (
 )
 
 
-def run(call: Call, **options: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Output and LSE in race mode, or with other options of `emulator.enabled`."""
+def run(call: Call, **options: Any) -> tuple[np.ndarray, ...]:
+    """Output, LSE and certificate in race mode, or with other options of `emulator.enabled`."""
     skip = options.pop("skip", None)
     with emulator.enabled(**{"race": True, **options}) as launches:
-        out, lse = getattr(cuattn, call.function)(
+        results: tuple[np.ndarray, ...] = getattr(cuattn, call.function)(
             *call.arrays, **call.options, skip_softmax=skip, return_lse=True
         )
     assert [launch.bank_conflicts for launch in launches] == [0]
-    return out, lse
+    return results
 
 
 def check(call: Call, out: np.ndarray, lse: np.ndarray, **replay: Any) -> None:
@@ -84,10 +84,13 @@ def test_no_race_with_skipping(name: str, options: dict[str, Any]) -> None:
     call, fields = SKIPS[name]
     stats = cuattn.SkipStats()
     skip = cuattn.SkipSoftmax(**fields, stats=stats)
-    out, lse = run(call, skip=skip, **options)
+    out, lse, *lost = run(call, skip=skip, **options)
     plan = _heuristics.prefill(problem_of(call, SkipMode("threshold", False)), _device.EMULATOR)
     replay = {"geometry": plan.geometry, "skip_softmax": numpy_skip(**fields)}
     expected = call.reference(**replay)
+    assert len(lost) == skip.certificate
+    for certificate in lost:
+        assert_bounds(certificate, expected.dropped_mass, call.case)
     assert expected.margin > 1e-4, "a vote is too close to call"
     assert (stats.visited, stats.skipped) == (expected.visited.sum(), expected.skipped.sum())
     assert 0 < stats.skipped < stats.visited

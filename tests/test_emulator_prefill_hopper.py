@@ -70,11 +70,13 @@ SKIPS: dict[str, Race] = {
         replace(UNLIKE, lengths=((7, 64), (250, 900), (0, 5), (1, 640), (5, 0)), window_left=500),
         TWO,
         threshold_scale_factor=300.0,
+        certificate=True,
     ),
     "skip-float32": race(
         batched,
         replace(UNLIKE, lengths=((200, 900),), d_qk=128, d_v=128, out_dtype="float32"),
         threshold=0.4,
+        certificate=True,
     ),
 }
 
@@ -109,6 +111,7 @@ TALL: dict[str, Race] = {
         paged,
         replace(UNLIKE, d_qk=128, d_v=128, lengths=((200, 900), (70, 30)), causal=False),
         threshold=0.4,
+        certificate=True,
     ),
 }
 

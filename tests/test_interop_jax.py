@@ -169,17 +169,18 @@ def test_a_traced_threshold_and_its_votes() -> None:
 
     @jax.jit
     def attend(threshold: Any) -> Any:
-        skip = cuattn.SkipSoftmax(threshold=threshold)
+        skip = cuattn.SkipSoftmax(threshold=threshold, certificate=True)
         return interop.prefill(*arrays, skip_softmax=skip, return_counts=True)
 
     for threshold in (0.0, 0.01):
         stats = cuattn.SkipStats()
         live = jnp.array([threshold], jnp.float32)
-        expected = cuattn.prefill(
-            *arrays, skip_softmax=cuattn.SkipSoftmax(threshold=live, stats=stats)
-        )
-        out, counts = attend(live)
+        skip = cuattn.SkipSoftmax(threshold=live, stats=stats, certificate=True)
+        expected, wanted = cuattn.prefill(*arrays, skip_softmax=skip)
+        out, lost, counts = attend(live)
         assert_same_bits(host(out), host(expected), "prefill")
+        assert_same_bits(host(lost), host(wanted), "certificate")
+        assert (host(lost) > 0).any() == (threshold > 0)
         assert counts.dtype == np.uint32
         np.testing.assert_array_equal(counts, np.stack(list(stats.per_head().values())))
         visited, skipped, _ = np.asarray(counts)
@@ -213,7 +214,7 @@ def test_vmap_of_prefill_joins_the_batch(launches: list[Any]) -> None:
     thresholds = jnp.array([[0.0, 0.5]] * 3, jnp.float32)
 
     def attend(q: Any, k: Any, v: Any, threshold: Any) -> Any:
-        skip = cuattn.SkipSoftmax(threshold=threshold)
+        skip = cuattn.SkipSoftmax(threshold=threshold, certificate=True)
         options = {"causal": True, "skip_softmax": skip, "return_counts": True}
         return interop.prefill(q, k, v, return_lse=True, **options)
 

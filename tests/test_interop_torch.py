@@ -156,8 +156,11 @@ def test_appended_tokens_are_in_the_cache(device: Any, form: str) -> None:
 SKIPS: list[tuple[Call, dict[str, Any]]] = [
     (batched(STRUCTURED), {"threshold": 0.5}),
     (batched(STRUCTURED), {"threshold_scale_factor": 200.0}),
-    (ragged(replace(STRUCTURED, lengths=((150, 400), (7, 64)))), {"threshold": 0.5}),
-    (paged(STRUCTURED), {"threshold": 0.5}),
+    (
+        ragged(replace(STRUCTURED, lengths=((150, 400), (7, 64)))),
+        {"threshold": 0.5, "certificate": True},
+    ),
+    (paged(STRUCTURED), {"threshold": 0.5, "certificate": True}),
     (decode_call(decode_cases.LONG), {"threshold": 0.2, "certificate": True}),
     (decode_call(decode_cases.LONG), {"max_dropped_mass": 0.02, "certificate": True}),
 ]

@@ -421,3 +421,6 @@ def test_configure_names_what_is_wrong() -> None:
     counted = cuattn.SkipSoftmax(threshold=0.1, stats=cuattn.SkipStats())
     with pytest.raises(ValueError, match="skip_softmax of every layer has stats; wanted None"):
         hugging_face.register(skip_softmax=counted)
+    certified = cuattn.SkipSoftmax(threshold=0.1, certificate=True)
+    with pytest.raises(ValueError, match="skip_softmax of 3 has certificate=True; wanted False"):
+        hugging_face.configure({3: certified})

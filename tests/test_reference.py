@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from cuattn import reference
 from cuattn._records import Geometry
+from cuattn._replay import CERTIFICATE_MARGIN
 
 Array = NDArray[Any]
 
@@ -47,7 +48,7 @@ def loops(
     kv_len, kv_heads, head_dim_v = v.shape
     out = np.zeros((q_len, heads, head_dim_v))
     lse = np.full((q_len, heads), -math.inf)
-    mass = np.zeros((q_len, heads))
+    mass, certificate = np.zeros((2, q_len, heads))
     visited, skipped = [0] * heads, [0] * heads
 
     def sees(row: int, key: int) -> bool:
@@ -101,7 +102,13 @@ def loops(
                 out[row, head] += out_scale * weight / total * v[key, head * kv_heads // heads]
             full = sum(everything.values()) + sink
             mass[row, head] = (sum(everything.values()) - sum(weights.values())) / full
-    return {"out": out, "lse": lse, "mass": mass, "visited": visited, "skipped": skipped}
+            gone: dict[int, list[float]] = {}
+            for key in everything.keys() - weights.keys():
+                gone.setdefault(key // geometry.block_kv, []).append(everything[key])
+            most = sum(len(tile) * max(tile) for tile in gone.values())
+            certificate[row, head] = min(CERTIFICATE_MARGIN * most / (most + total), 1)
+    counts = {"visited": visited, "skipped": skipped}
+    return {"out": out, "lse": lse, "mass": mass, "certificate": certificate, **counts}
 
 
 LOOPS = [
@@ -129,6 +136,8 @@ def test_agrees_with_loops(
     np.testing.assert_allclose(fast.out, slow["out"], rtol=1e-12, atol=1e-13)
     np.testing.assert_allclose(fast.lse, slow["lse"], rtol=1e-12, atol=1e-13)
     np.testing.assert_allclose(fast.dropped_mass, slow["mass"], rtol=1e-9, atol=1e-13)
+    np.testing.assert_allclose(fast.certificate, slow["certificate"], rtol=1e-11)
+    assert (fast.certificate >= fast.dropped_mass).all()
     assert fast.visited.tolist() == slow["visited"]
     assert fast.skipped.tolist() == slow["skipped"]
     assert not fast.ineligible.any()

@@ -106,8 +106,6 @@ def test_what_prefill_cannot_honour_is_refused(device: Any) -> None:
     call = batched(SHORT)
     with pytest.raises(ValueError, match="max_dropped_mass"):
         device.run(call, skip_softmax=cuattn.SkipSoftmax(max_dropped_mass=0.01))
-    with pytest.raises(ValueError, match="certificate"):
-        device.run(call, skip_softmax=cuattn.SkipSoftmax(threshold=0.1, certificate=True))
     with pytest.raises((TypeError, ValueError), match="skip_softmax"):
         device.run(call, skip_softmax=0.1)
     for shape in ((3,), (2, 3), (4, 2), (2, 4, 1), ()):

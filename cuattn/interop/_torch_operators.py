@@ -94,12 +94,16 @@ class _Counters(cuattn.SkipStats):
         return SimpleNamespace(data=SimpleNamespace(ptr=tensor.data_ptr()))
 
 
-def _pair(q: Tensor, head_dim: int, options: Options) -> tuple[Tensor, Tensor]:
-    """Make room for output and LSE."""
+_Three = tuple[Tensor, Tensor, Tensor]
+
+
+def _three(q: Tensor, head_dim: int, options: Options) -> _Three:
+    """Make room for output, LSE and what each row lost."""
     rows = q.shape[:-1]
     return (
         q.new_empty((*rows, head_dim), dtype=options.out_dtype or q.dtype),
         q.new_empty(rows if options.return_lse else (0,), dtype=torch.float32),
+        q.new_empty(rows if options.certificate else (0,), dtype=torch.float32),
     )
 
 
@@ -112,18 +116,18 @@ _captured: list[Any] = []
 def _run(
     function: Callable[..., Any],
     arrays: Sequence[Any],
-    results: Sequence[Tensor],
+    results: _Three,
     keywords: dict[str, Any],
 ) -> None:
     """Call a function of cuattn with the options of an operator, into its results."""
-    out, lse, *lost = results
+    out, lse, lost = results
     with torch_stream(out):
         returned = function(
             *arrays, **keywords, out=out, lse=lse if keywords["return_lse"] else None
         )
-        if lost and lost[0].numel():
+        if lost.numel():
             share = returned[-1]
-            lost[0].copy_(torch.from_dlpack(share))
+            lost.copy_(torch.from_dlpack(share))
             if out.is_cuda and torch.cuda.is_current_stream_capturing():
                 _captured.append(share)
 
@@ -135,24 +139,22 @@ def _pages(k: Tensor, v: Tensor | None) -> Any:
 # --- attention -----------------------------------------------------------------------------------
 
 
-def _prefill(q: Tensor, k: Tensor, v: Tensor, causal: bool, *rest: Any) -> tuple[Tensor, Tensor]:
+def _prefill(q: Tensor, k: Tensor, v: Tensor, causal: bool, *rest: Any) -> _Three:
     options = Options(*rest)
-    results = _pair(q, v.shape[-1], options)
+    results = _three(q, v.shape[-1], options)
     _run(cuattn.prefill, (q, k, v), results, {"causal": causal, **options.keywords()})
     return results
 
 
-def _prefill_shapes(
-    q: Tensor, k: Tensor, v: Tensor, causal: bool, *rest: Any
-) -> tuple[Tensor, Tensor]:
-    return _pair(q, v.shape[-1], Options(*rest))
+def _prefill_shapes(q: Tensor, k: Tensor, v: Tensor, causal: bool, *rest: Any) -> _Three:
+    return _three(q, v.shape[-1], Options(*rest))
 
 
 def _prefill_ragged(
     q: Tensor, k: Tensor, v: Tensor, ends_q: Tensor, ends_kv: Tensor, causal: bool, *rest: Any
-) -> tuple[Tensor, Tensor]:
+) -> _Three:
     options = Options(*rest)
-    results = _pair(q, v.shape[-1], options)
+    results = _three(q, v.shape[-1], options)
     keywords = {"causal": causal, **options.keywords()}
     _run(cuattn.prefill_ragged, (q, k, v, ends_q, ends_kv), results, keywords)
     return results
@@ -160,8 +162,8 @@ def _prefill_ragged(
 
 def _prefill_ragged_shapes(
     q: Tensor, k: Tensor, v: Tensor, ends_q: Tensor, ends_kv: Tensor, causal: bool, *rest: Any
-) -> tuple[Tensor, Tensor]:
-    return _pair(q, v.shape[-1], Options(*rest))
+) -> _Three:
+    return _three(q, v.shape[-1], Options(*rest))
 
 
 class _Pages(NamedTuple):
@@ -175,31 +177,26 @@ class _Pages(NamedTuple):
     ends: Tensor | None
     layout: str
 
-    def pair(self, options: Options) -> tuple[Tensor, Tensor]:
-        """Make room for output and LSE."""
-        return _pair(self.q, (self.k if self.v is None else self.v).shape[-1], options)
-
-    def three(self, options: Options) -> tuple[Tensor, Tensor, Tensor]:
-        """Make room for what each row lost, too."""
-        rows = self.q.shape[:-1] if options.certificate else (0,)
-        return *self.pair(options), self.q.new_empty(rows, dtype=torch.float32)
+    def three(self, options: Options) -> _Three:
+        """Make room for the results."""
+        return _three(self.q, (self.k if self.v is None else self.v).shape[-1], options)
 
 
-def _prefill_paged(*given: Any) -> tuple[Tensor, Tensor]:
+def _prefill_paged(*given: Any) -> _Three:
     pages, (causal, *rest) = _Pages(*given[:7]), given[7:]
     options = Options(*rest)
-    results = pages.pair(options)
+    results = pages.three(options)
     arrays = (pages.q, _pages(pages.k, pages.v), pages.tables, pages.lengths, pages.ends)
     keywords = {"layout": pages.layout, "causal": causal, **options.keywords()}
     _run(cuattn.prefill_paged, arrays, results, keywords)
     return results
 
 
-def _prefill_paged_shapes(*given: Any) -> tuple[Tensor, Tensor]:
-    return _Pages(*given[:7]).pair(Options(*given[8:]))
+def _prefill_paged_shapes(*given: Any) -> _Three:
+    return _Pages(*given[:7]).three(Options(*given[8:]))
 
 
-def _decode(*given: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _decode(*given: Any) -> _Three:
     pages, (batch_invariant, *rest) = _Pages(*given[:7]), given[7:]
     options = Options(*rest)
     results = pages.three(options)
@@ -209,7 +206,7 @@ def _decode(*given: Any) -> tuple[Tensor, Tensor, Tensor]:
     return results
 
 
-def _decode_shapes(*given: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _decode_shapes(*given: Any) -> _Three:
     return _Pages(*given[:7]).three(Options(*given[8:]))
 
 
@@ -225,14 +222,13 @@ class _Mla(NamedTuple):
     latent_dim: int | None
     batch_invariant: bool | None
 
-    def three(self, options: Options) -> tuple[Tensor, Tensor, Tensor]:
-        """Make room for output, LSE and what each row lost."""
+    def three(self, options: Options) -> _Three:
+        """Make room for the results."""
         latent = self.latent_dim or _check_mla.latent_of(self.cache.shape[-1])
-        rows = self.q.shape[:-1] if options.certificate else (0,)
-        return *_pair(self.q, latent, options), self.q.new_empty(rows, dtype=torch.float32)
+        return _three(self.q, latent, options)
 
 
-def _mla_decode(*given: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _mla_decode(*given: Any) -> _Three:
     mla, options = _Mla(*given[:8]), Options(*given[8:])
     results = mla.three(options)
     keywords = {
@@ -247,7 +243,7 @@ def _mla_decode(*given: Any) -> tuple[Tensor, Tensor, Tensor]:
     return results
 
 
-def _mla_decode_shapes(*given: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _mla_decode_shapes(*given: Any) -> _Three:
     return _Mla(*given[:8]).three(Options(*given[8:]))
 
 
@@ -307,7 +303,7 @@ def _nothing(*given: Any) -> None:
 
 _TABLES = "Tensor block_tables, Tensor seq_lens"
 _CACHE = f"Tensor k_cache, Tensor? v_cache, {_TABLES}"
-_PAIR = "(Tensor, Tensor)"
+_PAIR, _THREE = "(Tensor, Tensor)", "(Tensor, Tensor, Tensor)"
 
 
 def define(
@@ -327,7 +323,7 @@ def define(
 define(
     "prefill",
     f"Tensor q, Tensor k, Tensor v, bool causal, {OPTIONS}",
-    _PAIR,
+    _THREE,
     _prefill,
     _prefill_shapes,
 )
@@ -335,21 +331,21 @@ define(
     "prefill_ragged",
     "Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_kv, bool causal, "
     + OPTIONS,
-    _PAIR,
+    _THREE,
     _prefill_ragged,
     _prefill_ragged_shapes,
 )
 define(
     "prefill_paged",
     f"Tensor q, {_CACHE}, Tensor cu_seqlens_q, str layout, bool causal, {OPTIONS}",
-    _PAIR,
+    _THREE,
     _prefill_paged,
     _prefill_paged_shapes,
 )
 define(
     "decode",
     f"Tensor q, {_CACHE}, Tensor? cu_seqlens_q, str layout, bool? batch_invariant, {OPTIONS}",
-    "(Tensor, Tensor, Tensor)",
+    _THREE,
     _decode,
     _decode_shapes,
 )
@@ -357,7 +353,7 @@ define(
     "mla_decode",
     "Tensor q, Tensor kv_cache, Tensor? block_tables, Tensor seq_lens, Tensor? cu_seqlens_q, "
     f"Tensor? sparse_indices, int? latent_dim, bool? batch_invariant, {OPTIONS}",
-    "(Tensor, Tensor, Tensor)",
+    _THREE,
     _mla_decode,
     _mla_decode_shapes,
 )

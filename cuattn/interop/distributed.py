@@ -134,7 +134,7 @@ class ContextParallel:
         causal : bool
             Query i sees keys up to ``i + kv_len - q_len`` of all `kv_len`.
         scale, out_scale, soft_cap, sinks, skip_softmax, return_lse, out_dtype
-            As in `cuattn.prefill`; see the module about skipping.
+            As in `cuattn.prefill`; no certificate, and see the module about skipping.
 
         Returns
         -------

@@ -9,7 +9,7 @@ options mean. What differs is the same for all of them:
   ones are the same errors as elsewhere. Rows that belong to no request hold anything.
 - `return_counts=True` returns votes as one more result, uint32 ``[3, batch, q_heads]``: visited,
   skipped, ineligible. `SkipSoftmax.stats` counts in place and is refused. Results come in the order
-  output, LSE, lost share (`certificate=True`), counts.
+  output, LSE, certificate (`certificate=True`), counts.
 - `append_kv` and `append_mla_kv` return the cache. It is the same memory if the caller donates it
   (``jax.jit(…, donate_argnums=…)``, or a carry of `jax.lax.scan`); else XLA copies it before.
 - `jax.vmap` over `prefill`, `decode`, `mla_decode` and a list of `merge_states` becomes part of the

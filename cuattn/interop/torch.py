@@ -23,6 +23,7 @@ import cuattn
 
 from ._torch_arguments import SkipStats, cache, check_tensors
 from ._torch_arguments import options as options_of
+from ._torch_operators import Options
 
 __all__ = [
     "SkipStats",
@@ -40,6 +41,13 @@ _operators = torch.ops.cuattn
 
 
 # --- attention -----------------------------------------------------------------------------------
+
+
+def _asked(results: tuple[Tensor, Tensor, Tensor], options: Options) -> Any:
+    """Return the output, or a tuple of it and what else was asked for."""
+    out, lse, lost = results
+    more = ((lse,) if options.return_lse else ()) + ((lost,) if options.certificate else ())
+    return (out, *more) if more else out
 
 
 def prefill(
@@ -61,8 +69,9 @@ def prefill(
 
     Returns
     -------
-    Tensor ``[batch, q_len, q_heads, head_dim_v]``, or a pair
-        With the log-sum-exp, float32 ``[batch, q_len, q_heads]``.
+    Tensor ``[batch, q_len, q_heads, head_dim_v]``, or a tuple
+        With the log-sum-exp if asked for, and with a certificate what each row lost at most: both
+        float32 ``[batch, q_len, q_heads]``.
 
     Examples
     --------
@@ -85,8 +94,7 @@ def prefill(
         return_lse=return_lse,
         out_dtype=out_dtype,
     )
-    out, lse = _operators.prefill(q, k, v, causal, *options)
-    return (out, lse) if return_lse else out
+    return _asked(_operators.prefill(q, k, v, causal, *options), options)
 
 
 def prefill_ragged(
@@ -110,8 +118,9 @@ def prefill_ragged(
 
     Returns
     -------
-    Tensor ``[q_tokens, q_heads, head_dim_v]``, or a pair with float32 ``[q_tokens, q_heads]``
-        Tokens that belong to no request are not written.
+    Tensor ``[q_tokens, q_heads, head_dim_v]``, or a tuple
+        As in `prefill`, with float32 ``[q_tokens, q_heads]``. Tokens that belong to no request are
+        not written.
     """
     check_tensors(q=q, k=k, v=v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_kv=cu_seqlens_kv)
     options = options_of(
@@ -126,8 +135,8 @@ def prefill_ragged(
         return_lse=return_lse,
         out_dtype=out_dtype,
     )
-    out, lse = _operators.prefill_ragged(q, k, v, cu_seqlens_q, cu_seqlens_kv, causal, *options)
-    return (out, lse) if return_lse else out
+    arrays = (q, k, v, cu_seqlens_q, cu_seqlens_kv)
+    return _asked(_operators.prefill_ragged(*arrays, causal, *options), options)
 
 
 def prefill_paged(
@@ -152,8 +161,9 @@ def prefill_paged(
 
     Returns
     -------
-    Tensor ``[q_tokens, q_heads, head_dim_v]``, or a pair with float32 ``[q_tokens, q_heads]``
-        Tokens that belong to no request are not written.
+    Tensor ``[q_tokens, q_heads, head_dim_v]``, or a tuple
+        As in `prefill`, with float32 ``[q_tokens, q_heads]``. Tokens that belong to no request are
+        not written.
     """
     k, v = cache(kv_cache)
     check_tensors(q=q, block_tables=block_tables, seq_lens=seq_lens, cu_seqlens_q=cu_seqlens_q)
@@ -169,10 +179,8 @@ def prefill_paged(
         return_lse=return_lse,
         out_dtype=out_dtype,
     )
-    out, lse = _operators.prefill_paged(
-        q, k, v, block_tables, seq_lens, cu_seqlens_q, layout, causal, *options
-    )
-    return (out, lse) if return_lse else out
+    arrays = (q, k, v, block_tables, seq_lens, cu_seqlens_q)
+    return _asked(_operators.prefill_paged(*arrays, layout, causal, *options), options)
 
 
 def decode(
@@ -214,11 +222,8 @@ def decode(
         return_lse=return_lse,
         out_dtype=out_dtype,
     )
-    out, lse, lost = _operators.decode(
-        q, k, v, block_tables, seq_lens, cu_seqlens_q, layout, batch_invariant, *options
-    )
-    more = ((lse,) if return_lse else ()) + ((lost,) if options.certificate else ())
-    return (out, *more) if more else out
+    arrays = (q, k, v, block_tables, seq_lens, cu_seqlens_q)
+    return _asked(_operators.decode(*arrays, layout, batch_invariant, *options), options)
 
 
 def mla_decode(
@@ -261,9 +266,7 @@ def mla_decode(
         out_dtype=out_dtype,
     )
     arrays = (q, kv_cache, block_tables, seq_lens, cu_seqlens_q, sparse_indices)
-    out, lse, lost = _operators.mla_decode(*arrays, latent_dim, batch_invariant, *options)
-    more = ((lse,) if return_lse else ()) + ((lost,) if options.certificate else ())
-    return (out, *more) if more else out
+    return _asked(_operators.mla_decode(*arrays, latent_dim, batch_invariant, *options), options)
 
 
 # --- around attention ----------------------------------------------------------------------------

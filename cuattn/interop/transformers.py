@@ -100,7 +100,8 @@ def configure(skip_softmax: Skips) -> None:
     ----------
     skip_softmax : SkipSoftmax, mapping of int to SkipSoftmax, or None
         For every layer, or by the index of layers, the others being dense. Its `stats` must be
-        None: counters are made for each layer. In force for every model, from the next call on.
+        None: counters are made for each layer; and `certificate` False. In force for every model,
+        from the next call on.
     """
     layers = skip_softmax if isinstance(skip_softmax, Mapping) else {}
     everywhere = None if isinstance(skip_softmax, Mapping) else skip_softmax
@@ -115,6 +116,11 @@ def configure(skip_softmax: Skips) -> None:
             raise ValueError(
                 f"skip_softmax of {layer} has stats; wanted None, since `counters` gives those of "
                 "each layer"
+            )
+        if skip.certificate:
+            raise ValueError(
+                f"skip_softmax of {layer} has certificate=True; wanted False, since a layer "
+                "returns its output only"
             )
     _settings.everywhere = everywhere
     _settings.layers = dict(layers)
@@ -258,7 +264,6 @@ def _skip(
         skip.max_dropped_mass,
         skip.unsafe,
         stats,
-        skip.certificate,
     )
 
 

@@ -15,6 +15,7 @@ struct FmhaConfig {
   bool paged = false;
   bool soft_cap = false;
   bool skip_softmax = false;
+  bool certificate = false;  // bound what rows lose; wants `skip_softmax`
 
   DEVICE constexpr int32 threads() const { return block_q / rows_per_warp * 32; }
 };
@@ -31,6 +32,7 @@ struct FmhaHopperConfig {
   bool paged = false;
   bool soft_cap = false;
   bool skip_softmax = false;
+  bool certificate = false;
 
   DEVICE constexpr int32 block_q() const { return consumers * 64; }
   DEVICE constexpr int32 threads() const { return (consumers + 1) * 128; }

@@ -63,7 +63,8 @@ DEVICE RowResult finish_row(float maximum, float sum, const Finish& finish) {
 template <typename Output>
 struct RowTarget {
   Output* out;
-  float* lse;  // may be null
+  float* lse;           // may be null
+  float* dropped_mass;  // as lse; null without a certificate
   int64 out_stride, lse_stride;
   int32 rows, columns;
 };

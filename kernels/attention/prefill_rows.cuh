@@ -12,6 +12,7 @@ DEVICE RowTarget<Output> target_of(const AttentionParams& params, const Work& wo
   return {.out = static_cast<Output*>(params.out) + outer * params.out_strides.outer +
                  work.q_start * params.out_strides.row + work.head * params.out_strides.head,
           .lse = params.lse ? params.lse + lse_start : nullptr,
+          .dropped_mass = params.dropped_mass ? params.dropped_mass + lse_start : nullptr,
           .out_stride = params.out_strides.row,
           .lse_stride = params.lse_strides.row,
           .rows = work.q_len,

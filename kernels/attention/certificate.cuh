@@ -1,0 +1,79 @@
+// What a row of prefill has lost at most.  A bound, since keys that are left out are not weighed
+// one by one:
+//
+//   lost    Σ over tiles left out:  keys that the row sees · exp(tile maximum)
+//   share   ≤ lost / (lost + kept + sink)
+//
+// A quad has two or four rows, and each of its lanes accounts for one of them: one exponential for
+// a tile that is left out, nothing for one that is kept.
+#pragma once
+
+#include <attention/mask.cuh>
+#include <attention/online_softmax.cuh>
+#include <attention/row_result.cuh>
+
+// Float arithmetic must not certify less than was lost: less than 1/256 is what all roundings make,
+// for 2¹⁷ keys and logits up to 2¹², if they go the same way.  A share too small for float32 is not
+// 0.
+constexpr float certificate_margin = 1.f + 1.f / 256.f;
+constexpr float smallest_share = 0x1p-80f;
+
+template <int32 row_tiles>
+struct LostWeight {
+  static constexpr int32 quad_rows = 2 * row_tiles;
+
+  // Of this lane's row.  Its reference is its own: when the row's maximum grows, nothing is to do.
+  float reference = -infinity();  // the largest score that was left out
+  float weight = 0.f;             // times exp2(−scale · reference)
+
+  // This lane's row of the warp's.
+  // NOTE: worked out where it is wanted, which is rarely: kept, it takes registers of every tile.
+  DEVICE static int32 own_row() {
+    const int32 lane = recomputed(lane_index()), own = lane % quad_rows;
+    return own / 2 * 16 + own % 2 * 8 + lane / 4;
+  }
+
+  DEVICE static float own(const float (&values)[row_tiles][2]) {
+    const int32 place = recomputed(lane_index()) % quad_rows;
+    float value = values[0][0];
+#pragma unroll
+    for (int32 i = 1; i < quad_rows; ++i)
+      if (place == i) value = values[i / 2][i % 2];
+    return value;
+  }
+
+  // A tile is left out; rows count from `first_row`.
+  template <typename RowVisibility>
+  DEVICE void add(const float (&tile_maxima)[row_tiles][2], const RowVisibility& visibility,
+                  int32 first_row, Range tile, float scale) {
+    const float tile_maximum = own(tile_maxima);
+    if (tile_maximum == -infinity()) return;  // the row sees none of it
+    const Range keys = visibility.keys_of(first_row + own_row());
+    const float seen = minimum(keys.end, tile.end) - maximum(keys.begin, tile.begin);
+    const float top = fmaxf(reference, tile_maximum);
+    const float shrink = exp2_approximate((fminf(reference, tile_maximum) - top) * scale);
+    weight = tile_maximum > reference ? fmaf(weight, shrink, seen) : fmaf(seen, shrink, weight);
+    reference = top;
+  }
+
+  DEVICE float largest_share(float row_maximum, float sum, const Finish& finish) const {
+    if (weight == 0.f) return 0.f;
+    const PartialRow row{row_maximum * finish.scale, sum, reference * finish.scale, weight};
+    return fminf(fmaxf(dropped_share(row, finish) * certificate_margin, smallest_share), 1.f);
+  }
+
+  // Write the certificates of a warp's rows.
+  template <typename Output>
+  DEVICE void write(const RowTarget<Output>& target, const RowStatistics<row_tiles>& statistics,
+                    const Finish& finish, int32 first_row) const {
+    float sums[row_tiles][2];
+#pragma unroll
+    for (int32 r = 0; r < row_tiles; ++r)
+#pragma unroll
+      for (int32 half = 0; half < 2; ++half) sums[r][half] = quad_sum(statistics.sum[r][half]);
+    const int32 row = first_row + own_row();
+    const float share = largest_share(own(statistics.maximum), own(sums), finish);
+    if (row < target.rows && fragment_column() < 2 * quad_rows)
+      target.dropped_mass[row * target.lse_stride] = share;
+  }
+};
