@@ -12,7 +12,8 @@
 //
 //   S = Q Kᵀ of tile 0 │ softmax of tile 0
 //   for each tile i > 0:   begin S = Q Kᵀ of i │ begin O += P V of i − 1 │ wait for S │ mask │
-//                          skip? │ softmax │ wait for O │ bring O to the new maxima
+//                          vote │ maxima │ first exponentials │ skip? │ wait for V of i and for O │
+//                          bring O to the new maxima │ other exponentials
 //   O += P V of the last tile │ write O and LSE
 #include <attention/certificate.cuh>
 #include <attention/config.cuh>
@@ -87,6 +88,11 @@ struct Place {
         warp_row(first_row + warp_index() % group_warps * 16),
         seen_by_all{visibility.keys_of(first_row + rows - 1).begin,
                     visibility.keys_of(first_row).end} {}
+
+  // Whether some row does not see all keys of a tile.
+  DEVICE bool masks(int32 first_key) const {
+    return first_key < seen_by_all.begin || first_key + config.block_kv > seen_by_all.end;
+  }
 };
 
 DEVICE void release(SharedAddress empty) {
@@ -134,13 +140,13 @@ DEVICE void load_q(State& state, const Shared& shared, int32 group) {
 
 // Begin S = Q Kᵀ of a tile.
 DEVICE void begin_scores(State& state, const Shared& shared, int32 group, int32 tile) {
-  const auto k = shared.k.tile(tile);
   const auto q = shared.q_of(group);
+  const uint64 keys = depth_major(recomputed(shared.k.tile(tile).start));
   mbarrier_wait(shared.k_full + shared.stage(tile), shared.phase(tile));
   wgmma_fence();
 #pragma unroll
   for (int32 step = 0; step < depth_steps; ++step) {
-    const uint64 b = depth_major(k.start + step / 4 * k.chunk_bytes) + step % 4 * 2;
+    const uint64 b = keys + (step / 4 * (Shared::KTile::chunk_bytes >> 4) + step % 4 * 2);
     if constexpr (config.q_in_registers) {
       wgmma_registers<Input, Major::depth>(state.scores, state.q[step], b, step > 0);
     } else {
@@ -151,10 +157,15 @@ DEVICE void begin_scores(State& state, const Shared& shared, int32 group, int32 
   wgmma_commit();
 }
 
+// Until a tile's values have landed.  Called while the tile is exponentiated, where asking costs no
+// time, and not where they are wanted, between two products.
+DEVICE void await_values(const Shared& shared, int32 tile) {
+  mbarrier_wait(shared.v_full + shared.stage(tile), shared.phase(tile));
+}
+
 // Begin O += P V of a tile.
 DEVICE void begin_output(State& state, const Shared& shared, int32 tile) {
   const auto v = shared.v.tile(tile);
-  mbarrier_wait(shared.v_full + shared.stage(tile), shared.phase(tile));
   wgmma_fence();
 #pragma unroll
   for (int32 step = 0; step < key_steps; ++step)
@@ -163,25 +174,28 @@ DEVICE void begin_output(State& state, const Shared& shared, int32 tile) {
   wgmma_commit();
 }
 
-// S as softmax wants it, and the largest of each row.
-DEVICE void finish_scores(State& state, float (&tile_maxima)[1][2], const Place& place,
-                          int32 first_key) {
+// S as softmax wants it, and the largest of each row in this lane's columns.
+DEVICE void finish_scores(State& state, float (&found)[1][2], const Place& place, int32 first_key,
+                          bool masked) {
   auto& scores = tiles_of(state.scores);
   if constexpr (config.soft_cap) squash(scores, state.squash_factor);
-  if (first_key < place.seen_by_all.begin || first_key + config.block_kv > place.seen_by_all.end) {
-    mask_scores(scores, place.visibility, place.warp_row, first_key);
-  }
-  row_maxima(tile_maxima, scores);
+  if (masked) mask_scores(scores, place.visibility, place.warp_row, first_key);
+  lane_maxima(found, scores);
 }
 
-// Take new maxima into the statistics; whether the output is to shrink, too.
-DEVICE bool raise(State& state, float (&shrink)[1][2], const float (&tile_maxima)[1][2]) {
+// Take new maxima into the statistics; whether the output is to shrink, too.  A row grows if one of
+// its lanes finds it so: only then do lanes ask each other by how much.
+DEVICE bool raise(State& state, float (&shrink)[1][2], const float (&found)[1][2]) {
   bool grown = false;
 #pragma unroll
   for (int32 half = 0; half < 2; ++half)
-    grown |= (tile_maxima[0][half] - state.rows.maximum[0][half]) * state.scale > slack;
+    grown |= (found[0][half] - state.rows.maximum[0][half]) * state.scale > slack;
   const bool raised = warp_any(grown);
-  if (raised) raise_maxima(state.rows, shrink, tile_maxima, state.scale);
+  if (raised) {
+    float tile_maxima[1][2];
+    quad_maxima(tile_maxima, found);
+    raise_maxima(state.rows, shrink, tile_maxima, state.scale);
+  }
   return raised;
 }
 
@@ -217,29 +231,41 @@ DEVICE void pack_probabilities(State& state) {
 DEVICE void meet(int32 group) {
   if (group == 0) named_barrier_sync<1, group_threads>();
   if (group == 1) named_barrier_sync<2, group_threads>();
-  if (group == 2) named_barrier_sync<3, group_threads>();
+  if (config.consumers > 2 && group == 2) named_barrier_sync<3, group_threads>();
 }
 
-// Whether the warp-group leaves a tile out; if not, its maxima count from now on.
-DEVICE bool vote(State& state, const float (&tile_maxima)[1][2], const Shared& shared,
-                 const Place& place, int32 tile, int32 first_key) {
-  float maxima[1][2];  // rows past the request's end have no say
+// Where the warps of a warp-group leave their votes on a tile.
+DEVICE SharedAddress votes_of(const Shared& shared, int32 group, uint32 tile) {
+  return shared.votes + (group * 2 + tile % 2) * 16;
+}
+
+// Say whether this warp's rows agree to leave a tile out.
+DEVICE void cast_vote(const State& state, const float (&found)[1][2], const Shared& shared,
+                      const Place& place, int32 tile) {
+  float voters[1][2];  // rows past the request's end have no say
 #pragma unroll
   for (int32 half = 0; half < 2; ++half) {
     const int32 row = place.warp_row + half * 8 + fragment_row();
-    maxima[0][half] = row < place.visibility.q_len ? tile_maxima[0][half] : -infinity();
+    voters[0][half] = row < place.visibility.q_len ? found[0][half] : -infinity();
   }
-  const bool willing = warp_all(state.skip.willing(maxima, state.heaviest));
-  const SharedAddress votes = shared.votes + (place.group * 2 + tile % 2) * 16;
-  const SharedAddress own = votes + warp_index() % group_warps * 4;
+  const bool willing = warp_all(state.skip.willing(voters, state.heaviest));
+  const int32 warp = (place.warp_row - place.first_row) / 16;
+  const SharedAddress own = votes_of(shared, place.group, tile) + warp * 4;
   if (lane_index() == 0) shared_store(own, willing ? 1.f : 0.f);
+}
+
+// Whether all warps of the warp-group agree to leave a tile out; if not, its maxima count from now
+// on.
+DEVICE bool count_votes(State& state, const float (&found)[1][2], const Shared& shared,
+                        const Place& place, int32 tile, int32 first_key) {
   meet(place.group);
-  float all[4];
-  shared_load_4(all, votes);
-  const bool skip = warp_uniform(all[0] * all[1] * all[2] * all[3] != 0.f);
+  const uint32 warp = lane_index() % group_warps;
+  const bool skip = warp_all(shared_load(votes_of(shared, place.group, tile) + warp * 4) != 0.f);
   const Range keys{first_key, first_key + config.block_kv};
   state.skip.skipped += skip && place.visibility.sees_any(place.first_row, group_rows, keys);
-  if (!skip) larger(state.heaviest, state.heaviest, maxima);
+  float tile_maxima[1][2];
+  quad_maxima(tile_maxima, found);
+  if (!skip) larger(state.heaviest, state.heaviest, tile_maxima);
   return skip;
 }
 
@@ -262,64 +288,80 @@ DEVICE void pass_over(const Shared& shared, int32 first_tile, int32 count) {
 // The first tile of an item, which is never left out: up to its P.
 DEVICE void attend_first(State& state, const Shared& shared, const Place& place, int32 tile,
                          int32 first_key) {
-  float tile_maxima[1][2], shrink[1][2];
+  const bool masked = recomputed(place.masks(first_key));
+  float found[1][2], shrink[1][2];
   begin_scores(state, shared, place.group, tile);
   wgmma_wait<0>(state.scores);
   release(shared.k_empty + shared.stage(tile));
-  finish_scores(state, tile_maxima, place, first_key);
-  raise(state, shrink, tile_maxima);
-  if constexpr (config.skip_softmax) larger(state.heaviest, state.heaviest, tile_maxima);
+  finish_scores(state, found, place, first_key, masked);
+  raise(state, shrink, found);
+  if constexpr (config.skip_softmax) quad_maxima(state.heaviest, found);
   exponentiate<0, key_steps>(state);
   pack_probabilities(state);
+  await_values(shared, tile);
 }
 
 // S to P of one tile while O takes up the one before it.
 DEVICE void attend_next(State& state, const Shared& shared, const Place& place, int32 tile,
                         int32 first_key) {
-  float tile_maxima[1][2], shrink[1][2];
+  const bool masked = recomputed(place.masks(first_key));
+  float found[1][2], shrink[1][2];
   begin_scores(state, shared, place.group, tile);
   begin_output(state, shared, tile - 1);
   wgmma_wait<1>(state.scores);
   release(shared.k_empty + shared.stage(tile));
-  finish_scores(state, tile_maxima, place, first_key);
-  const bool raised = raise(state, shrink, tile_maxima);
+  finish_scores(state, found, place, first_key, masked);
+  const bool raised = raise(state, shrink, found);
   exponentiate<0, key_steps / 2>(state);
+  // NOTE: a loop, which ptxas moves nothing across.  Without one here it puts the wait for O before
+  // all exponentials, and none of them runs beside P V.
+  await_values(shared, tile);
   wgmma_wait<0>(state.output);
   release(shared.v_empty + shared.stage(tile - 1));
+  if (raised) shrink_output(tiles_of(state.output), shrink);
   exponentiate<key_steps / 2, key_steps>(state);
   pack_probabilities(state);
-  if (raised) shrink_output(tiles_of(state.output), shrink);
 }
 
 // The same where tiles may be left out: `pending` says whether the one before it has a P, and the
-// result whether this one has.
+// result whether this one has.  Half of the exponentials would hide more of P V, but are lost where
+// a tile is left out; a quarter takes as long as the votes.
 DEVICE bool attend_or_skip(State& state, const Shared& shared, const Place& place, int32 tile,
                            int32 first_key, bool pending) {
-  float tile_maxima[1][2], shrink[1][2];
+  const bool masked = recomputed(place.masks(first_key));
+  float found[1][2], shrink[1][2];
   begin_scores(state, shared, place.group, tile);
   // NOTE: waits stand in both branches, or ptxas lets the products wait for each other.
   if (pending) {
     begin_output(state, shared, tile - 1);
     wgmma_wait<1>(state.scores);
   } else {
-    pass(shared.v_full + shared.stage(tile - 1), shared.phase(tile - 1));
     wgmma_wait<0>(state.scores);
   }
   release(shared.k_empty + shared.stage(tile));
-  finish_scores(state, tile_maxima, place, first_key);
-  const bool skip = vote(state, tile_maxima, shared, place, tile, first_key);
+  finish_scores(state, found, place, first_key, masked);
+  cast_vote(state, found, shared, place, tile);
+  // As if the tile were kept, while the other warps vote.
+  const RowStatistics<1> before = state.rows;
+  const bool raised = raise(state, shrink, found);
+  exponentiate<0, key_steps / 4>(state);
+  const bool skip = count_votes(state, found, shared, place, tile, first_key);
+  await_values(shared, tile);
   wgmma_wait<0>(state.output);
   release(shared.v_empty + shared.stage(tile - 1));
   if (skip) {
-    const Range keys{first_key, first_key + config.block_kv};
-    if constexpr (config.certificate)
+    state.rows = before;
+    if constexpr (config.certificate) {
+      float tile_maxima[1][2];
+      quad_maxima(tile_maxima, found);
+      const Range keys{first_key, first_key + config.block_kv};
       state.lost.add(tile_maxima, place.visibility, place.warp_row, keys, state.scale);
+    }
     return false;
   }
-  const bool raised = raise(state, shrink, tile_maxima);
-  exponentiate<0, key_steps>(state);
-  pack_probabilities(state);
   if (raised) shrink_output(tiles_of(state.output), shrink);
+  exponentiate<key_steps / 4, key_steps>(state);
+  pack_probabilities(state);
   return true;
 }
 
@@ -341,8 +383,6 @@ DEVICE void attend(State& state, const Shared& shared, const Place& place, const
   if (pending) {
     begin_output(state, shared, last);
     wgmma_wait<0>(state.output);
-  } else {
-    pass(shared.v_full + shared.stage(last), shared.phase(last));
   }
   release(shared.v_empty + shared.stage(last));
 }

@@ -27,10 +27,10 @@ struct RowStatistics {
   }
 };
 
-// The largest score of each row of a tile.
+// The largest score of each row of a tile in this lane's columns.
 template <int32 row_tiles, int32 key_tiles>
-DEVICE void row_maxima(float (&maxima)[row_tiles][2],
-                       const float (&scores)[row_tiles][key_tiles][4]) {
+DEVICE void lane_maxima(float (&maxima)[row_tiles][2],
+                        const float (&scores)[row_tiles][key_tiles][4]) {
 #pragma unroll
   for (int32 r = 0; r < row_tiles; ++r)
 #pragma unroll
@@ -39,8 +39,25 @@ DEVICE void row_maxima(float (&maxima)[row_tiles][2],
 #pragma unroll
       for (int32 c = 0; c < key_tiles; ++c)
         value = fmaxf(value, fmaxf(scores[r][c][half * 2], scores[r][c][half * 2 + 1]));
-      maxima[r][half] = quad_maximum(value);
+      maxima[r][half] = value;
     }
+}
+
+// The largest of each row, of what the lanes of its quad have found.
+template <int32 row_tiles>
+DEVICE void quad_maxima(float (&maxima)[row_tiles][2], const float (&found)[row_tiles][2]) {
+#pragma unroll
+  for (int32 r = 0; r < row_tiles; ++r)
+#pragma unroll
+    for (int32 half = 0; half < 2; ++half) maxima[r][half] = quad_maximum(found[r][half]);
+}
+
+// The largest score of each row of a tile.
+template <int32 row_tiles, int32 key_tiles>
+DEVICE void row_maxima(float (&maxima)[row_tiles][2],
+                       const float (&scores)[row_tiles][key_tiles][4]) {
+  lane_maxima(maxima, scores);
+  quad_maxima(maxima, maxima);
 }
 
 // Whether some row of the warp has a new maximum.

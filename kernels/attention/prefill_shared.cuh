@@ -58,8 +58,8 @@ struct PrefillShared {
   DEVICE QTile q_of(int32 group) const { return {q + group * QTile::bytes}; }
 
   // Tiles are counted from the block's first to its last, over all of its items.
-  DEVICE static int32 stage(int32 tile) { return tile % stages * 8; }
-  DEVICE static uint32 phase(int32 tile) { return tile / stages & 1; }
+  DEVICE static int32 stage(uint32 tile) { return tile % stages * 8; }
+  DEVICE static uint32 phase(uint32 tile) { return tile / stages & 1; }
 
   // What the block works on in its turn `turn`; it ends with one that does not exist.
   DEVICE void publish(int32 turn, const Work& work) const {

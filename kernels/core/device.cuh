@@ -21,7 +21,8 @@ DEVICE int32 warp_uniform(int32 value) { return __shfl_sync(full_warp, value, 0)
 DEVICE int32 warp_index() { return warp_uniform(threadIdx.x / warp_size); }
 
 // The same value, but the compiler must not know: what is worked out from it inside a loop stays
-// there, instead of occupying registers all through the loop.
+// there, instead of occupying registers all through the loop; and it is done before the waits that
+// follow, not after them.
 DEVICE uint32 recomputed(uint32 value) {
   asm volatile("" : "+r"(value));
   return value;

@@ -35,7 +35,7 @@ struct TileRing {
 
   SharedAddress start;
 
-  DEVICE Tile tile(int32 step) const { return {start + step % stages * Tile::bytes}; }
+  DEVICE Tile tile(uint32 step) const { return {start + step % stages * Tile::bytes}; }
 };
 
 // This lane's place in every 16 × 16 block that it reads from a tile with ldmatrix.
