@@ -72,6 +72,7 @@ class _Optional(NamedTuple):
     scale: View | None = None
     out_scale: View | None = None
     thresholds: View | None = None
+    seeds: View | None = None
     out: View | None = None
     lse: View | None = None
 
@@ -169,13 +170,14 @@ def attend(
     ) = given
     optional, skip_key = _NONE, None
     more: tuple[Any, ...] = ()
-    sinks_at = scale_at = out_scale_at = thresholds_at = out_at = lse_at = counts_at = lost_at = 0
+    sinks_at = scale_at = out_scale_at = thresholds_at = seeds_at = 0
+    out_at = lse_at = counts_at = lost_at = 0
     if not (scale is out_scale is sinks is skip is out is lse is None):
         optional = _optional(form, given, stream, q)
         skip_key = skip_key_of(skip)
         if optional is not _NONE:
             more = tuple([view and view[8] for view in optional])
-            sinks_at, scale_at, out_scale_at, thresholds_at, out_at, lse_at = [
+            sinks_at, scale_at, out_scale_at, thresholds_at, seeds_at, out_at, lse_at = [
                 view.pointer if view else 0 for view in optional
             ]
             scale = None if scale_at else scale
@@ -238,6 +240,7 @@ def attend(
         scale_at,
         out_scale_at,
         thresholds_at,
+        seeds_at,
         out_at,
         lse_at,
         counts_at,
@@ -313,10 +316,12 @@ def _emulate(
 def _optional(form: Form, given: tuple[Any, ...], stream: int | None, q: View) -> _Optional:
     """Return the views of the arrays among the keyword arguments."""
     _, _, scale, out_scale, _, sinks, skip, out, lse, _, _ = given
-    threshold = None
+    threshold = seeds = None
     if skip is not None:
         _check_skip(form, skip)
         threshold = _ingest.number(skip.threshold, "skip_softmax.threshold", stream, q)
+        if skip.seeds is not None:
+            seeds = _ingest.view(skip.seeds, "skip_softmax.seeds", stream, q)
     scale = _ingest.number(scale, "scale", stream, q)
     out_scale = _ingest.number(out_scale, "out_scale", stream, q)
     optional = _Optional(
@@ -324,6 +329,7 @@ def _optional(form: Form, given: tuple[Any, ...], stream: int | None, q: View) -
         scale if isinstance(scale, View) else None,
         out_scale if isinstance(out_scale, View) else None,
         threshold if isinstance(threshold, View) else None,
+        seeds,
         None if out is None else _ingest.view(out, "out", stream, q, True),
         None if lse is None else _ingest.view(lse, "lse", stream, q, True),
     )
@@ -336,7 +342,7 @@ def _check_skip(form: Form, skip: Any) -> None:
     if not isinstance(skip, SkipSoftmax):
         raise TypeError(f"skip_softmax is a {type(skip).__name__}; wanted a SkipSoftmax")
     if not form.decodes:
-        _check.refuse_mass_bound(skip.max_dropped_mass)
+        _check.refuse_decode_only(skip.max_dropped_mass, skip.seeds)
 
 
 def _prepare(asked: _Asked) -> _Prepared:
@@ -361,7 +367,7 @@ def _check_overlap(
 ) -> dict[str, View | None]:
     """Return the inputs by name, none of which may share memory with an output."""
     named: dict[str, View | None] = dict(zip(form.arrays, views, strict=False))
-    named |= dict(zip(_Optional._fields[:4], optional[:4], strict=True))
+    named |= dict(zip(_Optional._fields[:-2], optional[:-2], strict=True))
     _overlap.check_overlap({"out": optional.out, "lse": optional.lse}, named)
     return named
 
@@ -400,6 +406,7 @@ def _checked(asked: _Asked) -> Problem:
         if skip_key is None
         else SkipMode(skip_key[0], skip_key[1], stats=skip_key[3], certificate=skip_key[4]),
         thresholds=optional.thresholds,
+        seeds=optional.seeds,
         out=optional.out,
         lse=optional.lse,
         out_dtype=keywords.out_dtype,

@@ -42,6 +42,7 @@ class Options(NamedTuple):
     sinks: View | None = None
     skip: SkipMode | None = None
     thresholds: View | None = None
+    seeds: View | None = None
     out: View | None = None
     lse: View | None = None
     out_dtype: Any = None
@@ -356,8 +357,10 @@ def dtype_name(dtype: Any) -> str | None:
     return found.group()
 
 
-def refuse_mass_bound(max_dropped_mass: Any) -> None:
-    """Raise ValueError for the part of a SkipSoftmax that only decode can honour."""
+def refuse_decode_only(max_dropped_mass: Any, seeds: Any) -> None:
+    """Raise ValueError for the parts of a SkipSoftmax that only decode can honour."""
+    if seeds is not None:
+        raise ValueError("skip_softmax has seeds, which prefill cannot use; wanted None")
     if max_dropped_mass is not None:
         raise ValueError(
             f"skip_softmax has max_dropped_mass={max_dropped_mass!r}, which prefill cannot honour; "
@@ -410,6 +413,9 @@ def _soft_cap(value: Any) -> float:
 
 def _skip(options: Options, q: View, batch: int, q_heads: int) -> SkipMode | None:
     skip, live = options.skip, options.thresholds
+    if options.seeds is not None:
+        wanted = "q's but for its last axis"
+        _check_arrays.float_array("skip_softmax.seeds", options.seeds, q, q.shape[:-1], wanted)
     if skip is None or live is None:
         return skip
     if live.dtype != "float32":

@@ -22,6 +22,7 @@ POINTERS = (
     "scale_array",
     "out_scale_array",
     "thresholds",
+    "seeds",
     "out",
     "lse",
     "skip_counts",
@@ -50,9 +51,9 @@ FLOATS = ("scale", "out_scale", "soft_cap", "threshold")
 FLAGS = ("threshold_per_length", "unsafe")
 
 POINTER_BYTES = struct.Struct(f"={len(POINTERS)}Q")
-_REST = struct.Struct(
-    f"={3 * len(STRIDES)}q3q{len(INTEGERS)}if2i{len(MORE)}i{len(FLOATS)}f{len(FLAGS)}i",
-)
+_FIELDS = f"={3 * len(STRIDES)}q3q{len(INTEGERS)}if2i{len(MORE)}i{len(FLOATS)}f{len(FLAGS)}i"
+_ALIGNMENT = 64  # of the whole, and of what follows
+_REST = struct.Struct(f"{_FIELDS}{-(POINTER_BYTES.size + struct.calcsize(_FIELDS)) % _ALIGNMENT}x")
 SIZE = POINTER_BYTES.size + _REST.size
 
 _NO_SPLITS = SplitRule(0.0, 0, False)

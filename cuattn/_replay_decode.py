@@ -32,6 +32,7 @@ class Rule:
     log_threshold: Array  # [head], -inf where nothing may go
     eligible: Array  # [head], whether λ lay in [0, 1)
     max_dropped_mass: float | None = None  # instead of thresholds
+    seeds: Array | None = None  # [token, head], what no row's largest score is below
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +116,7 @@ def replay(seen: Scores, splits: int, rule: Rule, geometry: DecodeGeometry) -> V
         tiles = _dealt(largest[:, voters, span], log_mass[:, voters, span], splits, geometry)
         if rule.max_dropped_mass is None:
             log_threshold = rule.log_threshold.reshape(seen.kv_heads, group)[:, head]
-            ballot = _by_threshold(tiles, log_threshold)
+            ballot = _by_threshold(tiles, log_threshold, _known(rule, seen)[:, voters])
         else:
             ballot = _by_mass(tiles, rule.max_dropped_mass)
         gone = _undealt(ballot.dropped, span.stop - span.start)  # [kv_head, tile]
@@ -134,6 +135,14 @@ def replay(seen: Scores, splits: int, rule: Rule, geometry: DecodeGeometry) -> V
         margin=margin,
         statistics=np.concatenate(statistics),
     )
+
+
+def _known(rule: Rule, seen: Scores) -> Array:
+    """What a rule knows of every row's largest score, [kv_head, row]."""
+    heads, tokens, _ = seen.scores.shape
+    seeds = np.full((tokens, heads), -np.inf) if rule.seeds is None else rule.seeds
+    by_head = np.asarray(seeds, np.float64).reshape(tokens, seen.kv_heads, heads // seen.kv_heads)
+    return by_head.transpose(1, 0, 2).reshape(seen.kv_heads, -1)
 
 
 def _tiles_seen(seen: Scores, first: int, rows: int, geometry: DecodeGeometry) -> slice:
@@ -182,9 +191,10 @@ def _undealt(x: Array, count: int) -> Array:
     return x.reshape(*x.shape[:-2], -1)[..., :count][..., ::-1]
 
 
-def _by_threshold(tiles: _Tiles, log_threshold: Array) -> _Ballot:
+def _by_threshold(tiles: _Tiles, log_threshold: Array, known: Array) -> _Ballot:
     """Drop a tile when every row's largest score is below its reference by more than -ln λ.
 
+    The reference is the largest of the lane's running maximum, the seeds' and what is `known`.
     ln λ is -inf where λ is 0 or ineligible: every row that sees the tile then objects, and every
     head of the block has one that does, since a key that only its last or first token sees lies in
     a seed.
@@ -193,12 +203,13 @@ def _by_threshold(tiles: _Tiles, log_threshold: Array) -> _Ballot:
     free = tiles.exists & ~tiles.seed
     limit = log_threshold[..., None]  # [kv_head, row, 1]
     running_max = np.broadcast_to(-np.inf, tiles.largest[:, :, 0].shape)
+    seed_max = np.maximum(tiles.seed_max, known[..., None])
     dropped = np.zeros((kv_heads, visits, lanes), bool)
     statistics, gaps = (np.full(tiles.largest.shape, np.inf) for _ in range(2))
     for visit in range(visits):
         candidate = tiles.largest[:, :, visit]
         with np.errstate(invalid="ignore"):
-            distance = candidate - np.maximum(running_max, tiles.seed_max)
+            distance = candidate - np.maximum(running_max, seed_max)
             objects = (distance >= limit).any(axis=1)  # NaN, of a row that has seen none, does not
             gap = distance - limit
         dropped[:, visit] = free[visit] & ~objects

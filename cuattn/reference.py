@@ -166,6 +166,8 @@ def _requests(
     options: dict[str, Any],
 ) -> list[Result]:
     """Attention of every request with its own threshold."""
+    if skip_softmax is not None and skip_softmax.seeds is not None:
+        raise ValueError("skip_softmax has seeds, which prefill cannot use; wanted None")
     kv_lens = np.array([k.shape[0] for _, k, _ in requests])
     thresholds = thresholds_of(skip_softmax, len(requests), heads, kv_lens)
     unsafe = skip_softmax is not None and bool(skip_softmax.unsafe)

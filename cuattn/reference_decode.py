@@ -124,6 +124,7 @@ def decode(
         rules,
         options_of(q.shape[-1], scale, out_scale, soft_cap, sinks),
         window_left=window_left,
+        seeds=None if skip_softmax is None else skip_softmax.seeds,
         out_dtype=out_dtype,
         geometry=geometry,
         arithmetic=arithmetic,
@@ -138,11 +139,15 @@ def attend(
     options: Options,
     *,
     window_left: int = -1,
+    seeds: Array | None = None,
     out_dtype: Any,
     geometry: DecodeGeometry | None,
     arithmetic: str,
 ) -> Result:
-    """Attention of q, of `decode`'s forms, to the keys of each request, by its rule."""
+    """Attention of q, of `decode`'s forms, to the keys of each request, by its rule.
+
+    `seeds` are those of a SkipSoftmax.
+    """
     if arithmetic not in ARITHMETICS:
         raise ValueError(f"arithmetic is {arithmetic!r}; wanted one of {', '.join(ARITHMETICS)}")
     heads, head_dim = q.shape[-2:]
@@ -161,6 +166,8 @@ def attend(
         rows = slice(*(int(x) for x in cu_q[request : request + 2]))
         own = slice(*(int(x) for x in keys.ends[request : request + 2]))
         parts = keys.k[own], keys.v[own], keys.exist[own]
+        if seeds is not None:
+            rule = replace(rule, seeds=np.asarray(seeds).reshape(-1, heads)[rows])
         attended = _request(tokens[rows], *parts, splits[request], rule, how)
         out[rows], lse[rows] = attended.out.astype(out_type), attended.lse
         dropped_mass[rows] = attended.dropped_mass

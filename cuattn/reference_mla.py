@@ -123,6 +123,7 @@ def mla_decode(
         np.arange(cu_q[0], cu_q[-1] + 1),
         [rules[own] for own in request],
         options_of(q.shape[-1], scale, out_scale, 0.0, sinks),
+        seeds=None if skip_softmax is None else skip_softmax.seeds,
         **common,
     )
     return _by_request(result, q.shape[:-1], request, batch)

@@ -131,6 +131,12 @@ class SkipSoftmax:
         Return how much of its weight every row lost, as one more result: float32 of LSE's shape,
         behind LSE if that is asked for. Of decode and MLA decode it is the share itself; of prefill
         an upper bound of it, typically several times as large, see Notes.
+    seeds : array, optional
+        Decode only: what is known of every row's largest score over all keys, wherever they are: a
+        number that it is not below, −∞ for nothing. Float32 on the device, q's shape but for its
+        last axis, contiguous, read live; final scores, so after scale and soft cap. Tiles are
+        judged by these, too, where keys of the same rows lie elsewhere. Not with
+        `max_dropped_mass`, which counts the weights of the keys that are here.
 
     Notes
     -----
@@ -162,6 +168,7 @@ class SkipSoftmax:
     unsafe: bool = False
     stats: SkipStats | None = None
     certificate: bool = False
+    seeds: Any = None
 
     def __post_init__(self) -> None:
         given = [
@@ -179,6 +186,7 @@ class SkipSoftmax:
                 raise TypeError(f"{name} is {getattr(self, name)!r}; wanted True or False")
         if self.stats is not None and not isinstance(self.stats, SkipStats):
             raise TypeError(f"stats is a {type(self.stats).__name__}; wanted a SkipStats")
+        self._check_seeds()
         value = getattr(self, given[0])
         if given[0] == "threshold" and not isinstance(value, Real):
             if isinstance(value, (str, bytes, list, tuple, dict)):
@@ -197,6 +205,19 @@ class SkipSoftmax:
             raise ValueError(
                 f"threshold is {value!r}; wanted below 1, or unsafe=True, since λ ≥ 1 may drop "
                 "every tile after the first"
+            )
+
+    def _check_seeds(self) -> None:
+        if self.seeds is None:
+            return
+        if isinstance(self.seeds, (Real, str, bytes, list, tuple, dict)):
+            raise TypeError(
+                f"seeds is a {type(self.seeds).__name__}; wanted a float32 array on the device"
+            )
+        if self.max_dropped_mass is not None:
+            raise ValueError(
+                f"SkipSoftmax has seeds and max_dropped_mass={self.max_dropped_mass!r}; wanted "
+                "seeds with a threshold only"
             )
 
 

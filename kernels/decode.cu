@@ -191,7 +191,9 @@ DEVICE void read_seeds(WarpState& state, const Item& item) {
           mass += part * weight_of(shift * state.scale, maximum * state.scale);
         }
       }
-      state.seed[r][half] = maximum;
+      if constexpr (!config.mass_rule) {
+        state.seed[r][half] = fmaxf(state.seed[r][half], maximum);
+      }
       state.ledger.reference[r][half] = fmaxf(state.rows.maximum[r][half], maximum);
       state.ledger.known[r][half] = mass * share;
       state.ledger.dropped[r][half] = 0.f;
@@ -219,6 +221,9 @@ DEVICE WarpState begin(const AttentionParams& params, const DecodeWork& work) {
         const int32 head = work.kv_head * params.group + (work.first_row + row) % params.group;
         state.threshold[r][half] =
             exists ? row_threshold(params, work.request, head, work.kv_len, state.scale) : 0.f;
+        state.seed[r][half] =
+            exists ? given_seed(params, work, row) * reciprocal_approximate(state.scale)
+                   : -infinity();
       }
     }
   return state;

@@ -409,7 +409,7 @@ SKIP_PAGED = [
 
 def numpy_skip(**fields: Any) -> SimpleNamespace:
     """A `SkipSoftmax` for the reference: the same fields, NumPy arrays."""
-    names = ("threshold", "threshold_scale_factor", "max_dropped_mass")
+    names = ("threshold", "threshold_scale_factor", "max_dropped_mass", "seeds")
     usual = {**dict.fromkeys(names), "unsafe": False}
     return SimpleNamespace(**{**usual, **fields})
 

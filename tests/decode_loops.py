@@ -107,6 +107,7 @@ class Loops:
     thresholds: list[float] | None = None
     unsafe: bool = False
     mass: float | None = None
+    seeds: Array | None = None  # [token, head]
 
     def __post_init__(self) -> None:
         self.q_len, self.heads = self.q.shape[:2]
@@ -172,11 +173,12 @@ class Loops:
             for row in rows if tile not in block.seeds else ():
                 top, mass = block.best[row, tile], block.weight[row, tile]
                 above = max([running[row], *(block.best[row, seed] for seed in block.seeds)])
+                known = -math.inf if self.seeds is None else float(self.seeds[row])
                 seen[row] += mass
                 seeds = sum(block.weight[row, seed] for seed in block.seeds)
                 account = seen[row] + len(own) / block.tiles * seeds
                 if self.mass is None:
-                    agreed &= not self.objects(row[1], top, above)
+                    agreed &= not self.objects(row[1], top, max(above, known))
                 elif top > -math.inf:
                     bound = self.mass * (1 - 2**-10) * account
                     agreed &= top <= above and lost[row] + mass <= bound
@@ -260,6 +262,9 @@ def both(
             table = table[:, None] if table.ndim == 1 else table
             whole = np.broadcast_to(table, (len(requests.q), heads))
             loops_options |= {"thresholds": list(whole[request]), "unsafe": skip.unsafe}
+            if skip.seeds is not None:
+                first = sum(q_len for q_len, _ in lengths[:request])
+                loops_options["seeds"] = skip.seeds[first : first + len(parts[0])]
         each.append(Loops(*parts, geometry, splits[request], **loops_options))
     check(requests, result, each)
     return result

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 import warnings
@@ -55,6 +56,29 @@ def agree(rank: int, ranks: int, group: ContextParallel) -> None:
         assert abs(out.numpy() - expected.out[:, -3:]).max() < 2e-3, "decode"
 
 
+def share(rank: int, ranks: int, group: ContextParallel) -> None:
+    """Equal keys but for the first, on rank 0: rank 1 keeps its seed tiles alone, for that."""
+    keys, columns = 1024, 64
+    cache = torch.zeros(keys // PAGE, 2, PAGE, 2, columns, dtype=torch.float16)
+    cache[:, 1] = 1.0 - 2.0 * rank
+    if rank == 0:
+        cache[0, 0, 0] = 1.0  # a score of 8; of the others 0
+    q = torch.ones(1, 4, columns, dtype=torch.float16)
+    tables = torch.arange(keys // PAGE, dtype=torch.int32)[None]
+    lengths = torch.full((1,), keys, dtype=torch.int32)
+    stats = cuattn.SkipStats()
+    skip = cuattn.SkipSoftmax(threshold=math.exp(-6), stats=stats)
+    out, lse = group.decode(
+        q, cache, tables, lengths, layout="NHD", skip_softmax=skip, return_lse=True
+    )
+    assert 0 < stats.skipped < stats.visited
+    tile = keys * 4 // stats.visited
+    seeds = (stats.visited - stats.skipped) // 4 * tile
+    weight = math.exp(8) + ranks * seeds - 1
+    assert abs(lse.numpy() - math.log(weight)).max() < 1e-5, "shared lse"
+    assert abs(out.numpy() - (1 - 2 * seeds / weight)).max() < 1e-3, "shared"
+
+
 def differ(rank: int, ranks: int, group: ContextParallel) -> None:
     """Ranks that were asked for different things, then one that refuses its call."""
     q, k, v = (torch.from_numpy(x) for x in numbers().values())
@@ -96,7 +120,7 @@ def main() -> None:
         timeout=timedelta(seconds=60),
     )
     with cuattn.emulator.enabled():
-        for task, timeout in ((agree, 60.0), (differ, 60.0), (leave, 1.0)):
+        for task, timeout in ((agree, 60.0), (share, 60.0), (differ, 60.0), (leave, 1.0)):
             task(rank, ranks, ContextParallel(distributed.group.WORLD, timeout=timeout))
             print(task.__name__)
 

@@ -30,6 +30,14 @@ def threshold_for(statistics: Array, share: float) -> float:
     return float(np.float32(math.exp((below[widest] + below[widest + 1]) / 2)))
 
 
+def seeds_above(call: Call) -> Array:
+    """What keys elsewhere might say of each row: near its LSE here, up to 3 more, or nothing."""
+    lse = call.reference().lse
+    rng = np.random.default_rng(0)
+    seeds = np.where(np.isnan(lse), 0.0, lse) + rng.uniform(-1, 3, lse.shape)
+    return np.where(rng.random(lse.shape) < 0.1, -np.inf, seeds).astype(np.float32)
+
+
 def counts(stats: Any) -> dict[str, Array]:
     """Counters by request and head."""
     return {name: np.asarray(array) for name, array in stats.per_head().items()}

@@ -425,7 +425,9 @@ def test_cache_parts_refuses_other_counts() -> None:
         _check.cache_parts((1, 2, 3))
 
 
-def test_a_bound_of_the_mass_is_refused() -> None:
-    _check.refuse_mass_bound(None)
+def test_decode_only_skipping_is_refused() -> None:
+    _check.refuse_decode_only(None, None)
     with pytest.raises(ValueError, match=r"max_dropped_mass=0\.01, which prefill cannot honour"):
-        _check.refuse_mass_bound(0.01)
+        _check.refuse_decode_only(0.01, None)
+    with pytest.raises(ValueError, match="skip_softmax has seeds, which prefill cannot use; want"):
+        _check.refuse_decode_only(None, real(2, 5, 8))

@@ -178,6 +178,16 @@ REFUSED = [
         r"threshold has shape \(3, 2\); wanted \[batch\] = \(3,\) or \[batch, q heads\] = \(3, 8\)",
     ),
     ({"skip": LIVE, "thresholds": real(3, device=1)}, "threshold is on device 1; wanted q's"),
+    ({"skip": LIVE, "seeds": array(3, 8)}, "seeds is bfloat16; wanted float32"),
+    (
+        {"skip": LIVE, "seeds": real(3, 1, 8)},
+        r"seeds has shape \(3, 1, 8\); wanted \(3, 8\), q's but for its last axis",
+    ),
+    (
+        {"skip": LIVE, "seeds": real(3, 8, strides=(16, 1))},
+        r"seeds has strides \(16, 1\); wanted a contiguous array",
+    ),
+    ({"skip": LIVE, "seeds": real(3, 8, device=1)}, "seeds is on device 1; wanted q's"),
     ({"q": array(3, 2**31, 8, 64)}, "the call has 2147483648 query tokens; wanted fewer than 2"),
 ]
 
@@ -212,6 +222,12 @@ SKIPS = [
     ({"threshold": 0.1, "stats": {}}, "stats is a dict; wanted a SkipStats"),
     ({"threshold": 1.0}, r"threshold is 1\.0; wanted below 1, or unsafe=True"),
     ({"threshold": [0.1]}, "threshold is a list; wanted a number or a float32 array on the device"),
+    ({"threshold": 0.1, "seeds": [0.1]}, "seeds is a list; wanted a float32 array on the device"),
+    ({"threshold": 0.1, "seeds": 0.1}, "seeds is a float; wanted a float32 array on the device"),
+    (
+        {"max_dropped_mass": 0.1, "seeds": np.zeros((3, 8), np.float32)},
+        r"seeds and max_dropped_mass=0\.1; wanted seeds with a threshold only",
+    ),
     ({"threshold_scale_factor": math.inf}, "threshold_scale_factor is inf; wanted a finite number"),
 ]
 

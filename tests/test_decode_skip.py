@@ -12,7 +12,7 @@ from cases import Call, numpy_skip
 from compare import assert_same_bits
 from decode_cases import LONG, SKIP_DECODE, DecodeCase, alone, call_of, decode_call
 from numpy.typing import NDArray
-from skip_checks import SAFE_MARGIN, check_against_replay, counts, threshold_for
+from skip_checks import SAFE_MARGIN, check_against_replay, counts, seeds_above, threshold_for
 
 from cuattn._records import DecodeGeometry, SplitRule
 
@@ -56,6 +56,49 @@ def test_what_is_returned_with_a_certificate(device: Any) -> None:
     assert_same_bits(device.to_host(out), wanted.out, LONG)
     assert_same_bits(device.to_host(mass), wanted.dropped_mass, LONG)
     assert wanted.dropped_mass.max() > 0
+
+
+@pytest.mark.parametrize(
+    ("case", "certificate"),
+    [(LONG, True), (SKIP_DECODE[5], False), (SKIP_DECODE[7], False), (SKIP_DECODE[11], False)],
+    ids=str,
+)
+def test_votes_begin_with_given_seeds(device: Any, case: DecodeCase, certificate: bool) -> None:
+    """More tiles go than by the request's own keys; a row with −∞ knows nothing more."""
+    call = decode_call(case)
+    geometry = device.geometry(call)
+    seeds = seeds_above(call)
+    votes = call.reference(
+        geometry=geometry, skip_softmax=numpy_skip(threshold=0.5, seeds=seeds)
+    ).statistics
+    level = threshold_for(votes.max(axis=1), 0.5)
+    alone = call.reference(geometry=geometry, skip_softmax=numpy_skip(threshold=level))
+    skipped = check_against_replay(
+        device, call, certificate=certificate, threshold=level, seeds=seeds
+    )
+    assert skipped.sum() > alone.skipped.sum() + 8
+
+
+def test_seeds_that_know_nothing_change_no_bit(device: Any) -> None:
+    import cuattn
+
+    call = decode_call(LONG)
+    nothing = device.to_device(np.full((2, 8), -np.inf, np.float32))
+    plain, same = (
+        device.run(call, skip_softmax=cuattn.SkipSoftmax(threshold=0.01, seeds=seeds))
+        for seeds in (None, nothing)
+    )
+    assert_same_bits(same.out, plain.out, LONG)
+    assert_same_bits(same.lse, plain.lse, LONG)
+
+
+def test_far_larger_seeds_leave_the_seed_tiles(device: Any) -> None:
+    """A certificate speaks of the keys that are here, however small their weights are elsewhere."""
+    call = decode_call(LONG)
+    geometry = device.geometry(call)
+    seeds = np.full((2, 8), 1e4, np.float32)
+    skipped = check_against_replay(device, call, certificate=True, threshold=0.01, seeds=seeds)
+    assert (call.votes(geometry).visited - skipped == geometry.warps).all()
 
 
 def table_of_thresholds(call: Call, geometry: DecodeGeometry, shares: list[list[float]]) -> Array:

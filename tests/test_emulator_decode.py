@@ -93,6 +93,8 @@ RACES: dict[str, Race] = {
     "long-walk": dense(ONE, lengths=ones(5700), page_size=8, q_heads=4, kv_heads=1),
 }
 TALL = replace(LONG, q_heads=24, kv_heads=1, lengths=ones(1300))
+# Of the first request far above its own keys, of the second unknown for half of the heads.
+SEEDS = np.array([[9.0] * 8, [6.0, -np.inf] * 4], np.float32)
 # About half of the votes of each let their tile go.
 SKIPS: dict[str, Race] = {
     "threshold": skipping(LONG, threshold=0.009),
@@ -101,6 +103,7 @@ SKIPS: dict[str, Race] = {
         replace(LONG, lengths=((1, 64), (4, 900), (0, 5), (2, 700), (5, 0)), form="ragged"),
         threshold_scale_factor=30.0,
     ),
+    "seeds": skipping(LONG, threshold=0.002, seeds=SEEDS),
     "live": skipping(LONG, threshold=np.array([[0.012] * 8, [0.006] * 8], np.float32)),
     "live-by-request": skipping(LONG, threshold=np.array([0.012, 0.0], np.float32)),
     "certificate": skipping(LONG, threshold=0.009, certificate=True),

@@ -285,6 +285,8 @@ def test_one_ranks_mistakes_are_refused_before_ranks_meet() -> None:
             group.decode(x, cache, tables, lengths)
         with pytest.raises(TypeError, match="check is 0; wanted True or False"):
             group.decode(x[:, 0], cache, tables, lengths, check=0)
+        with pytest.raises(TypeError, match="skip_softmax is a float; wanted a SkipSoftmax"):
+            group.decode(x[:, 0], cache, tables, lengths, skip_softmax=0.1)
     assert not launches
     with pytest.raises(TypeError, match="group is a int; wanted a process group of torch"):
         ContextParallel(3)
@@ -334,7 +336,7 @@ def test_two_processes_over_gloo(tmp_path: Path) -> None:
     for process in processes:
         said, errors = process.communicate(timeout=120)
         assert process.returncode == 0, errors
-        assert said.split() == ["agree", "differ", "leave"]
+        assert said.split() == ["agree", "share", "differ", "leave"]
 
 
 @pytest.mark.gpu
@@ -383,6 +385,15 @@ def decode(q, k, v, length):
     mine = visible_keys(length, jax.lax.axis_index("ranks"), 2, 16)
     return ContextParallel("ranks").decode(q, (k, v), tables, mine, layout="NHD")
 
+@jax.jit
+@partial(apart, in_specs=(P(), P("ranks"), P()))
+def latent(q, cache, length):
+    tables = jnp.arange(cache.shape[0], dtype=jnp.int32)[None]
+    mine = visible_keys(length, jax.lax.axis_index("ranks"), 2, 640)
+    skip = cuattn.SkipSoftmax(threshold=0.01)
+    given = {"scale": 0.125, "skip_softmax": skip, "return_lse": True}
+    return ContextParallel("ranks").mla_decode(q, cache, tables, mine, **given)
+
 def cut(x, *axes):
     return jax.device_put(x, NamedSharding(mesh, P(*axes)))
 
@@ -395,6 +406,18 @@ for length in (9, 30):
     out = decode(q[:, -1], *pages, np.array([length], np.int32))
     expected = reference.prefill(q[:, -1:], k[:, :length], v[:, :length])
     assert abs(np.asarray(out) - expected.out[:, 0]).max() < 2e-3
+
+
+# Ten tiles a rank of equal keys, but that the first key, on rank 0, outweighs the others by 8: each
+# rank keeps its first and last tile, rank 1 because it knows of that key.
+cache, q = np.zeros((20, 64, 576), np.float16), np.zeros((1, 16, 576), np.float16)
+cache[..., :512] = 1
+q[..., 512:] = cache[0, 0, 512:] = 1
+cache[0, 0, :512] = 0
+out, lse = latent(q, cut(cache, "ranks"), np.array([1280], np.int32))
+weight = np.exp(8) + 4 * 64 - 1
+assert abs(np.asarray(lse) - np.log(weight)).max() < 1e-5
+assert abs(np.asarray(out) - (4 * 64 - 1) / weight).max() < 1e-3
 print("same")
 """
 

@@ -206,6 +206,25 @@ def test_decode_returns_what_was_lost_before_the_votes() -> None:
     assert (host(seen[-1]) > 0).all()
 
 
+def test_traced_seeds() -> None:
+    """Seeds that know of far larger scores leave fewer tiles than those that know nothing."""
+    k, v = made(40, 2, PAGE, 64), made(40, 2, PAGE, 64, seed=1)
+    tables, lengths = jnp.arange(40, dtype=jnp.int32)[None], jnp.array([640], jnp.int32)
+
+    @jax.jit
+    def attend(seeds: Any) -> Any:
+        skip = cuattn.SkipSoftmax(threshold=0.01, seeds=seeds)
+        return interop.decode(v[-1:, :, -1], (k, v), tables, lengths, skip_softmax=skip)
+
+    outs = []
+    for value in (-np.inf, 100.0):
+        seeds = jnp.full((1, 2), value, jnp.float32)
+        skip = cuattn.SkipSoftmax(threshold=0.01, seeds=seeds)
+        outs.append(cuattn.decode(v[-1:, :, -1], (k, v), tables, lengths, skip_softmax=skip))
+        assert_same_bits(host(attend(seeds)), host(outs[-1]), "decode")
+    assert (host(outs[0]) != host(outs[1])).any()
+
+
 # --- transformations -----------------------------------------------------------------------------
 
 
@@ -369,6 +388,10 @@ X = np.zeros((1, 8, 2, 64), np.float16)
         ({"scale": "large"}, "scale is a str; wanted a JAX array"),
         ({"causal": 1}, "causal is 1; wanted True or False"),
         ({"skip_softmax": 0.1}, "skip_softmax is a float; wanted a SkipSoftmax"),
+        (
+            {"skip_softmax": cuattn.SkipSoftmax(threshold=0.1, seeds=X[..., 0].astype("f4"))},
+            "skip_softmax has seeds, which prefill cannot use; wanted None",
+        ),
         ({"return_counts": True}, "return_counts is True without skip_softmax"),
         (
             {"skip_softmax": cuattn.SkipSoftmax(threshold=0.1, stats=cuattn.SkipStats())},

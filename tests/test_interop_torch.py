@@ -201,6 +201,26 @@ def test_a_live_threshold_is_a_tensor(device: Any) -> None:
     assert skipped[1] > 0 and skipped.sum() == skipped[1]
 
 
+def test_seeds_are_a_tensor(device: Any) -> None:
+    call = decode_call(decode_cases.LONG)
+    seeds = torch.full((2, 8), -torch.inf, device=on(device))
+    seeds[0] = 1e3  # so far above that of this request only seed tiles stay
+    stats = attention.SkipStats()
+    skip = cuattn.SkipSoftmax(threshold=0.001, seeds=seeds, stats=stats)
+    wanted = device.run(call, skip_softmax=replace(skip, stats=None))
+    function, tensors, options = asked(device, call)
+    seen = function(*tensors, **options, skip_softmax=skip, return_lse=True)
+    for x, y in zip(seen, (wanted.out, wanted.lse), strict=True):
+        same(x, y, ~np.isnan(wanted.lse), call.case)
+    skipped = stats.per_head()["skipped"].sum(axis=1)
+    assert skipped[0] > skipped[1]
+    with pytest.raises(TypeError, match=r"skip_softmax\.seeds is a ndarray; wanted a torch.Tensor"):
+        function(*tensors, skip_softmax=cuattn.SkipSoftmax(threshold=0.1, seeds=np.zeros((2, 8))))
+    with pytest.raises(ValueError, match="skip_softmax has seeds, which prefill cannot use"):
+        x = torch.ones((1, 4, 2, 64), dtype=torch.bfloat16, device=on(device))
+        attention.prefill(x, x, x, skip_softmax=replace(skip, stats=None))
+
+
 def test_counters_of_another_size_follow_a_reset(device: Any) -> None:
     stats = attention.SkipStats()
     skip = cuattn.SkipSoftmax(threshold=0.5, stats=stats)

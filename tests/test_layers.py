@@ -48,6 +48,7 @@ PYTHON_FLOORS = (
     ("interop._jax_forms",),
     ("interop.jax",),
     ("interop._engines",),
+    ("interop._rank_seeds",),
     ("interop.distributed",),
     ("interop._torch_stream",),
     ("interop._torch_operators",),

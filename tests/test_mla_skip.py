@@ -15,7 +15,14 @@ import pytest
 from cases import Call, numpy_skip
 from compare import assert_same_bits
 from mla_cases import LONG, SHORT, MlaCase, mla_call, ones
-from skip_checks import SAFE_MARGIN, Array, check_against_replay, counts, threshold_for
+from skip_checks import (
+    SAFE_MARGIN,
+    Array,
+    check_against_replay,
+    counts,
+    seeds_above,
+    threshold_for,
+)
 from test_decode_mass import MARGIN, assert_within, bound_near
 from test_emulator_decode import On
 from test_emulator_prefill import card
@@ -130,6 +137,25 @@ def test_thresholds_that_skip_nothing_give_the_dense_bits(kernel: Any, case: Mla
         assert_same_bits(outcome.out, dense.out, fields)
         assert_same_bits(outcome.lse, dense.lse, fields)
     assert stats.visited and not stats.skipped
+
+
+@pytest.mark.parametrize(
+    ("kernel", "case"),
+    [on("sm_90a", TOKENS), on("sm_80", UNEVEN), on("sm_86", LISTS)],
+    indirect=["kernel"],
+)
+def test_votes_begin_with_given_seeds(kernel: Any, case: MlaCase) -> None:
+    """More tiles go than by the request's own keys; a row with −∞ knows nothing more."""
+    call = mla_call(case)
+    geometry = kernel.geometry(call)
+    seeds = seeds_above(call)
+    votes = call.reference(
+        geometry=geometry, skip_softmax=numpy_skip(threshold=0.5, seeds=seeds)
+    ).statistics
+    level = threshold_for(votes.max(axis=1), 0.5)
+    alone = call.reference(geometry=geometry, skip_softmax=numpy_skip(threshold=level))
+    skipped = check_against_replay(kernel, call, threshold=level, seeds=seeds)
+    assert skipped.sum() > alone.skipped.sum() + 8
 
 
 @pytest.mark.parametrize("kernel", [on("sm_90a")], indirect=True)

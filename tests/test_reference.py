@@ -462,6 +462,9 @@ def test_options_are_refused_in_one_sentence() -> None:
         reference.attention(q, q, q, arithmetic="float8")
     with pytest.raises(ValueError, match="order 'ascending'"):
         reference.attention(q, q, q, geometry=Geometry(8, 8, 8, order="ascending"))
+    seeded = numpy_skip(threshold=0.1, seeds=np.zeros((1, 2, 1)))
+    with pytest.raises(ValueError, match="skip_softmax has seeds, which prefill cannot use"):
+        reference.prefill(q[None], q[None], q[None], skip_softmax=seeded)
 
 
 @pytest.mark.parametrize("causal", [False, True])

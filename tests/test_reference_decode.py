@@ -92,6 +92,17 @@ def test_thresholds_differ_by_request_and_head() -> None:
     assert result.ineligible[1].tolist() == [0, result.visited[1, 1], 0, 0]
 
 
+def test_seeds_of_other_keys_are_those_of_their_rows() -> None:
+    """By token and head; one that is larger lets more go, one that is smaller nothing less."""
+    requests = Requests.normal([(1, 100), (3, 100)])
+    seeds = np.full((4, 4), -np.inf)
+    seeds[0, :2], seeds[1:, 2], seeds[2, 3] = 9.0, 9.0, -9.0
+    skip = numpy_skip(threshold=0.2, seeds=seeds)
+    alone = both(requests, SMALL, numpy_skip(threshold=0.2), {}).skipped
+    more = both(requests, SMALL, skip, {}).skipped - alone
+    assert (more >= 0).all() and (more[0, :2] > 0).all() and not more[0, 2:].any()
+
+
 def test_these_cases_skip_something_and_not_everything() -> None:
     requests = Requests.normal(LENGTHS)
     for name in ("some", "unsafe", "mass", "much-mass"):

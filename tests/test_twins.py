@@ -71,7 +71,7 @@ def offsets() -> dict[str, tuple[int, str]]:
     for name, code in codes:
         places[name] = (offset, code)
         offset += widths[code]
-    assert offset == _params.SIZE
+    assert -(-offset // _tensor_map.ALIGNMENT) * _tensor_map.ALIGNMENT == _params.SIZE
     return places
 
 

@@ -53,6 +53,18 @@ class Engine(Protocol):
     def repeat(self, x: Any, times: int) -> Any:
         """Return an array with every row so many times."""
 
+    def array(self, x: Any) -> Any:
+        """Return an array that the framework calculates with."""
+
+    def columns(self, x: Any, chosen: Callable[[Any], Any], count: int) -> Any:
+        """Return those columns of each row that ``chosen(arange(count))`` says, by row."""
+
+    def largest(self, run: Callable[..., Any], shape: tuple[int, ...]) -> Any:
+        """Run a call whose output has this shape; return the largest LSE of any rank, row by row.
+
+        `run` takes the functions and where results go, and returns what the function returns.
+        """
+
     def agree(self, description: dict[str, Any]) -> list[dict[str, Any]]:
         """Return what every rank says of its call."""
 
@@ -127,6 +139,16 @@ class _Packed(ABC):
             *_views_of(everyone, form.shape), out=out, lse=lse, out_dtype=form.dtype
         )
 
+    def largest(self, run: Callable[..., Any], shape: tuple[int, ...]) -> Any:
+        self._check_alive()
+        rows = shape[:-1]
+        count = math.prod(rows)
+        lse = self._empty(rows, "float32")
+        run(cuattn, out=self._empty(shape, "float32"), lse=lse)
+        everyone = self._empty((self.size, count), "float32")
+        self._gather(lse.reshape(1, count), everyone)
+        return self._maxima(everyone).reshape(rows)
+
     def _check_alive(self) -> None:
         if self._lost:
             raise RuntimeError(f"{self._lost}; wanted a new group, since this one is of no use")
@@ -146,6 +168,10 @@ class _Packed(ABC):
     @abstractmethod
     def _gather(self, mine: Any, everyone: Any) -> None:
         """Write what every rank has into `everyone`, ``[rank, …]``."""
+
+    @abstractmethod
+    def _maxima(self, x: Any) -> Any:
+        """Return the largest of each column."""
 
     @abstractmethod
     def _empty(self, shape: tuple[int, ...], dtype: str) -> Any:
@@ -179,6 +205,16 @@ class _Torch(_Packed):
 
     def repeat(self, x: Any, times: int) -> Any:
         return self._torch.repeat_interleave(x, times, dim=0)
+
+    def array(self, x: Any) -> Any:
+        return x
+
+    def columns(self, x: Any, chosen: Callable[[Any], Any], count: int) -> Any:
+        places = chosen(self._torch.arange(count, device=self._device))
+        return self._torch.take_along_dim(x, places, dim=1)
+
+    def _maxima(self, x: Any) -> Any:
+        return self._torch.amax(x, dim=0)
 
     def _empty(self, shape: tuple[int, ...], dtype: str) -> Any:
         return self._torch.empty(shape, dtype=getattr(self._torch, dtype), device=self._device)
@@ -221,7 +257,17 @@ class _Nccl(_Packed):
             self._xp = cupy
 
     def repeat(self, x: Any, times: int) -> Any:
-        return self._xp.repeat(self._xp.from_dlpack(x), times, axis=0)
+        return self._xp.repeat(self.array(x), times, axis=0)
+
+    def array(self, x: Any) -> Any:
+        return x if isinstance(x, self._xp.ndarray) else self._xp.from_dlpack(x)
+
+    def columns(self, x: Any, chosen: Callable[[Any], Any], count: int) -> Any:
+        places = chosen(self._xp.arange(count))
+        return self._xp.take_along_axis(self.array(x), places, axis=1)
+
+    def _maxima(self, x: Any) -> Any:
+        return x.max(axis=0)
 
     def _empty(self, shape: tuple[int, ...], dtype: str) -> Any:
         return self._xp.empty(shape, np.dtype(dtype))
@@ -275,6 +321,24 @@ class _Jax:
         import jax.numpy as jnp
 
         return jnp.repeat(x, times, axis=0)
+
+    def array(self, x: Any) -> Any:
+        import jax.numpy as jnp
+
+        return jnp.asarray(x)
+
+    def columns(self, x: Any, chosen: Callable[[Any], Any], count: int) -> Any:
+        import jax.numpy as jnp
+
+        return jnp.take_along_axis(jnp.asarray(x), chosen(jnp.arange(count)), axis=1)
+
+    def largest(self, run: Callable[..., Any], shape: tuple[int, ...]) -> Any:
+        import jax
+
+        from . import jax as functions
+
+        _, lse = run(functions)
+        return jax.lax.pmax(lse, self._axis)
 
     def agree(self, description: dict[str, Any]) -> list[dict[str, Any]]:
         return [description] * self.ranks()

@@ -26,6 +26,7 @@ from ..skip_softmax import PLANES, SkipSoftmax, SkipStats
 
 Operands = dict[str, Any]  # arrays, sequences of arrays and None, by the names of arguments
 
+LIVE = ("threshold", "seeds")  # parts of a SkipSoftmax that may be operands
 _WORDS = 2  # of 32 bits, in a counter: JAX has no 64 unless it is told to
 
 # Results that are made beside XLA's and copied, in a graph: its capture cannot tell how long
@@ -52,7 +53,7 @@ class Call:
     function: str  # of cuattn
     options: tuple[tuple[str, Any], ...]
     results: tuple[Result, ...]
-    skip: SkipSoftmax | None = None  # a threshold that is an operand is a mark here
+    skip: SkipSoftmax | None = None  # of what is an operand it has a mark
     tree: Any = None  # structure of the operands
 
     def __call__(self, context: Any, results: Sequence[Any], *buffers: Any) -> None:
@@ -63,16 +64,15 @@ class Call:
             made = dict(zip(names, written, strict=True))
             arguments = jax.tree.unflatten(self.tree, arrays[len(results) :])
             arguments |= self.options
-            threshold = arguments.pop("threshold", None)
+            live = {name: arguments.pop(name) for name in LIVE if name in arguments}
             counts = arguments.pop("counts", None)
             if "kv_cache" in made:  # written in place: XLA gave both the same memory
                 arguments["kv_cache"] = written[0] if len(written) == 1 else tuple(written)
             else:
                 arguments |= {name: made[name] for name in ("out", "lse") if name in made}
             if self.skip is not None:
-                skip = self.skip if threshold is None else replace(self.skip, threshold=threshold)
                 stats = None if counts is None else _Into(made["counts"])
-                arguments["skip_softmax"] = replace(skip, stats=stats)
+                arguments["skip_softmax"] = replace(self.skip, **live, stats=stats)
             returned = getattr(cuattn, self.function)(**arguments)
             if "lost" in made:
                 made["lost"][...] = returned[-1]

@@ -12,9 +12,19 @@ import cuattn
 from .. import _call, _check, _check_tools
 from .._records import Problem, View
 from ..skip_softmax import SkipSoftmax, SkipStats
-from ._jax_call import Call, Operands, Result, bind, cache_operands, counts_result, operand, view
+from ._jax_call import (
+    LIVE,
+    Call,
+    Operands,
+    Result,
+    bind,
+    cache_operands,
+    counts_result,
+    operand,
+    view,
+)
 
-_LIVE = object()  # stands for a threshold that is an operand
+_MARK = object()  # stands for a part of a SkipSoftmax that is an operand
 
 
 @dataclass(frozen=True)
@@ -39,9 +49,15 @@ class Asked:
         keywords = keywords._replace(**dict.fromkeys(live))
         self._check_counting(keywords.skip)
         skip = keywords.skip
-        if isinstance(skip, SkipSoftmax) and not isinstance(skip.threshold, Real | None):
-            live["threshold"] = operand(skip.threshold, "skip_softmax.threshold")
-            keywords = keywords._replace(skip=replace(skip, threshold=_LIVE))
+        if isinstance(skip, SkipSoftmax):
+            arrays = {
+                name: operand(value, f"skip_softmax.{name}")
+                for name in LIVE
+                if not isinstance(value := getattr(skip, name), Real | None)
+            }
+            live |= arrays
+            marks: dict[str, Any] = dict.fromkeys(arrays, _MARK)
+            keywords = keywords._replace(skip=replace(skip, **marks))
         results = self._bound({**operands, **live}, keywords, layout)
         return results[0] if len(results) == 1 else results
 
@@ -83,11 +99,11 @@ class Asked:
         def again(operands: Operands) -> tuple[Any, ...]:
             return self._bound(operands, keywords, layout)
 
-        requests = self.requests | {"threshold"} if self.requests else self.requests
+        requests = self.requests | set(LIVE) if self.requests else self.requests
         return bind(call, operands, again, requests)
 
     def _problem(self, operands: Operands, keywords: _call.Keywords, layout: str | None) -> Problem:
-        named = {"sinks": "sinks", "scale": "scale", "out_scale": "out_scale"}
+        named = {name: name for name in ("sinks", "scale", "out_scale", "seeds")}
         named["threshold"] = "thresholds"
         live = {named[name]: view(x) for name, x in operands.items() if name in named}
         if self.return_counts and isinstance(keywords.skip, SkipSoftmax):

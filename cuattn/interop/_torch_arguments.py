@@ -106,14 +106,14 @@ def options(
 ) -> Options:
     """Return the options of an operator on `batch` requests."""
     threshold: tuple[float | None, Tensor | None] = (None, None)
-    factor = bound = counts = None
+    factor = bound = seeds = counts = None
     unsafe = certificate = False
     if skip is not None:
         if not isinstance(skip, cuattn.SkipSoftmax):
             raise TypeError(f"skip_softmax is a {type(skip).__name__}; wanted a SkipSoftmax")
         threshold = number("skip_softmax.threshold", skip.threshold)
         factor, bound = skip.threshold_scale_factor, skip.max_dropped_mass
-        unsafe, certificate = skip.unsafe, skip.certificate
+        unsafe, certificate, seeds = skip.unsafe, skip.certificate, skip.seeds
         if skip.stats is not None:
             if not isinstance(skip.stats, SkipStats):
                 raise TypeError(
@@ -123,7 +123,7 @@ def options(
             counts = skip.stats.counts(batch, q.shape[-2], q.device)
     scales = (*number("scale", scale), *number("out_scale", out_scale))
     check_tensors(scale=scales[1], out_scale=scales[3], sinks=sinks)
-    check_tensors(**{"skip_softmax.threshold": threshold[1]})
+    check_tensors(**{"skip_softmax.threshold": threshold[1], "skip_softmax.seeds": seeds})
     return Options(
         window_left,
         *scales,
@@ -134,6 +134,7 @@ def options(
         None if bound is None else float(bound),
         unsafe,
         certificate,
+        seeds,
         counts,
         return_lse,
         out_dtype,

@@ -26,7 +26,8 @@ OPTIONS = (
     "int window_left, float? scale, Tensor? scale_array, float? out_scale, "
     "Tensor? out_scale_array, float soft_cap, Tensor? sinks, float? threshold, "
     "Tensor? threshold_array, float? threshold_scale_factor, float? max_dropped_mass, "
-    "bool unsafe, bool certificate, Tensor(a!)? counts, bool return_lse, ScalarType? out_dtype"
+    "bool unsafe, bool certificate, Tensor? seeds, Tensor(a!)? counts, bool return_lse, "
+    "ScalarType? out_dtype"
 )
 
 
@@ -46,6 +47,7 @@ class Options(NamedTuple):
     max_dropped_mass: float | None
     unsafe: bool
     certificate: bool
+    seeds: Tensor | None
     counts: Tensor | None  # int64 [visited, skipped, ineligible][batch, q heads], added to
     return_lse: bool
     out_dtype: torch.dtype | None
@@ -70,7 +72,7 @@ class Options(NamedTuple):
         if all(number is None for number in given):
             return None
         stats = None if self.counts is None else _Counters(self.counts)
-        return cuattn.SkipSoftmax(*given, self.unsafe, stats, self.certificate)
+        return cuattn.SkipSoftmax(*given, self.unsafe, stats, self.certificate, self.seeds)
 
 
 class _Counters(cuattn.SkipStats):

@@ -9,16 +9,21 @@ frameworks, by what it is given:
 - ``ContextParallel("ranks")``: JAX's arrays, inside `jax.shard_map` over the axis of that name
 
 **Who holds what.** In `prefill` rank 0 holds the first keys, rank 1 those behind, and so on; ranks
-may hold unequal numbers, or none. In `decode` blocks of keys are dealt to the ranks in turn, and
-`visible_keys` says how many each holds; one block a rank is a contiguous range. In both a rank's
-keys are in their order, so what a causal query sees of them is a beginning.
+may hold unequal numbers, or none. In `decode` and `mla_decode` blocks of keys are dealt to the
+ranks in turn, and `visible_keys` says how many each holds; one block a rank is a contiguous range.
+In all of them a rank's keys are in their order, so what a causal query sees of them is a beginning.
 
-**Skipping.** A rank judges tiles by its own keys: the running maximum and, in decode, the seeds are
-of its shard, and seeds are kept. Nothing of it is shared between ranks, so more tiles are kept than
-on one GPU: by the reference, of structured heads with 128K keys at 1 % left out, 96 % are
-skipped on one GPU, 94 % on two ranks; on eight 92 % with contiguous ranges and 76 % with blocks of
-64 keys in turn. The promise of `max_dropped_mass` holds all the same. ``threshold_scale_factor`` is
-refused, since λ = factor / kv_len would be the shard's. `SkipStats` count what the rank itself did.
+**Skipping.** With a threshold, decode's ranks share seeds, so that one with light keys knows of the
+heavy ones elsewhere: each scores its first and last 64 keys or more, whole pages, in a small
+launch, and the largest scores, float32 ``[tokens, heads]``, go to all ranks in an exchange before
+the call itself. That and some arithmetic on tables and lengths, all on the device, is what every
+such call costs more. By the reference, of structured heads with 128K keys at 1 % left out, 96 % of
+the tiles are skipped on one GPU, and 96 % on two or eight ranks (94 and 91 % if each judged by its
+own keys); with blocks of 64 keys in turn, 95 % on eight (72 %). Each rank keeps its own seed tiles.
+In `prefill` nothing is shared: a rank's running maximum begins with its own first tile, so more is
+kept than on one GPU. The promise of `max_dropped_mass` holds for every rank's keys and so for all;
+its accounts are a rank's own. ``threshold_scale_factor`` is refused, since λ = factor / kv_len
+would be the shard's. `SkipStats` count what the rank itself did.
 
 **Errors.** Ranks tell each other what they were asked before they begin; where they differ, or one
 refuses its call, all raise an error that says which. If one does not answer within `timeout`
@@ -31,9 +36,10 @@ from dataclasses import replace
 from numbers import Real
 from typing import Any
 
-from .. import _check
+from .. import _check, _check_mla, _check_tools
 from ..skip_softmax import SkipSoftmax
 from ._engines import Form, Piece, Plans, engine_of
+from ._rank_seeds import RankCache, shared_seeds
 
 __all__ = ["ContextParallel", "visible_keys"]
 
@@ -218,37 +224,113 @@ class ContextParallel:
             As in `prefill`; with ``check=False`` a rank that differs is an error of the framework's
             or none.
         """
-        options = {
-            "layout": layout,
-            "scale": scale,
-            "out_scale": out_scale,
-            "soft_cap": soft_cap,
-            "skip_softmax": skip_softmax,
-            "batch_invariant": batch_invariant,
-        }
+        scores = {"scale": scale, "soft_cap": soft_cap}
+        fixed = {"layout": layout, "batch_invariant": batch_invariant}
         parts = _check.cache_parts(kv_cache)
         arrays = {"q": q, "kv_cache (k)": parts[0], "kv_cache (v)": parts[-1]}
-        common = {**options, "sinks": sinks, "out_dtype": out_dtype}
-        arrays["seq_lens"] = seq_lens
-        if _check.flag("check", check):
-            said = self._checked("decode", arrays, common)
-            self._agreed(said, 0)
-        else:
-            said = self._described("decode", arrays, common)
-        rows, tables, lengths, skip = self._rows(q, block_tables, seq_lens, skip_softmax)
-        options["skip_softmax"] = skip
+        arrays |= {"block_tables": block_tables, "seq_lens": seq_lens}
+        rest = {"out_scale": out_scale, "skip_softmax": skip_softmax, "sinks": sinks}
+        common = {**scores, **fixed, **rest, "out_dtype": out_dtype}
+        said = self._asked("decode", arrays, common, check)
+
+        def call(functions: Any, rows: Any, tables: Any, lengths: Any, **options: Any) -> Any:
+            return functions.decode(rows, kv_cache, tables, lengths, **fixed, **options)
+
+        if scale is None:
+            scores["scale"] = q.shape[-1] ** -0.5
+        page_size = parts[0].shape[-2 if layout == "HND" else -3]
+        cache = RankCache(call, page_size, parts[-1].shape[-1])
+        requests = (q, block_tables, seq_lens)
+        out, lse = self._decoded(cache, requests, scores, rest, said["out_dtype"])
+        return (out, lse) if return_lse else out
+
+    def mla_decode(
+        self,
+        q: Any,
+        kv_cache: Any,
+        block_tables: Any,
+        seq_lens: Any,
+        *,
+        scale: Any,
+        out_scale: Any = None,
+        sinks: Any = None,
+        skip_softmax: SkipSoftmax | None = None,
+        latent_dim: int | None = None,
+        batch_invariant: bool | None = None,
+        return_lse: bool = False,
+        out_dtype: Any = None,
+        check: bool = True,
+    ) -> Any:
+        """Absorbed latent attention of the newest tokens, over paged caches as in `decode`.
+
+        Parameters
+        ----------
+        q : array, ``[batch, heads, row]`` or ``[batch, q_len, heads, row]``
+            The same on all ranks.
+        kv_cache, block_tables
+            This rank's cache and its pages, as in `cuattn.mla_decode`; no lists of chosen keys.
+        scale, out_scale, skip_softmax, latent_dim, batch_invariant, return_lse, out_dtype
+            As in `cuattn.mla_decode`; no certificate, and see the module about skipping.
+        seq_lens, sinks, check
+            As in `decode`.
+
+        Returns
+        -------
+        array, or a pair of them
+            As in `prefill`; the output is still in the latent space.
+
+        Raises
+        ------
+        ValueError, TypeError, RuntimeError
+            As in `decode`.
+        """
+        fixed = {"latent_dim": latent_dim, "batch_invariant": batch_invariant}
+        arrays = {"q": q, "kv_cache": kv_cache, "block_tables": block_tables, "seq_lens": seq_lens}
+        rest = {"out_scale": out_scale, "skip_softmax": skip_softmax, "sinks": sinks}
+        common = {**fixed, **rest, "scale": scale, "out_dtype": out_dtype}
+        said = self._asked("mla_decode", arrays, common, check)
+
+        def call(functions: Any, rows: Any, tables: Any, lengths: Any, **options: Any) -> Any:
+            return functions.mla_decode(rows, kv_cache, tables, lengths, **fixed, **options)
+
+        form = _check_tools.mla_cache(self._engine.view(kv_cache, "kv_cache")).shape
+        latent = _check_mla.latent_dim(latent_dim) or _check_mla.latent_of(form[3])
+        cache = RankCache(call, form[2], latent)
+        requests = (q, block_tables, seq_lens)
+        out, lse = self._decoded(cache, requests, {"scale": scale}, rest, said["out_dtype"])
+        return (out, lse) if return_lse else out
+
+    def _decoded(
+        self,
+        cache: RankCache,
+        requests: tuple[Any, Any, Any],
+        scores: dict[str, Any],
+        rest: dict[str, Any],
+        out_dtype: str,
+    ) -> tuple[Any, Any]:
+        """Return output and LSE over the pages of all ranks.
+
+        `requests` are q, tables and lengths, `scores` options in units of scores, `rest` the others
+        that say what becomes of them.
+        """
+        q, sinks = requests[0], rest["sinks"]
+        rows, tables, lengths, skip = self._rows(*requests, rest["skip_softmax"])
+        if skip is not None and skip.threshold is not None:
+            seeds = shared_seeds(self._engine, cache, (rows, tables, lengths), scores)
+            skip = replace(skip, seeds=seeds)
 
         def run(piece: Piece, functions: Any, **results: Any) -> Any:
-            given = {**options, **_PARTS, **results, "sinks": sinks if piece.sinks else None}
-            return functions.decode(rows, kv_cache, tables, lengths, **given)
+            own = {"skip_softmax": skip, "sinks": sinks if piece.sinks else None}
+            given = {**scores, **rest, **own, **_PARTS, **results}
+            return cache.call(functions, rows, tables, lengths, **given)
 
         ranks = range(self._engine.ranks())
         plans = [(Piece(0, rows.shape[0], False, sinks is not None and r == 0),) for r in ranks]
-        form = Form((*rows.shape[:-1], parts[-1].shape[-1]), said["out_dtype"], 0)
+        form = Form((*rows.shape[:-1], cache.columns), out_dtype, 0)
         out, lse = self._engine.merged(plans, run, form)
         if len(q.shape) == 4:
-            out, lse = out.reshape(*q.shape[:-1], -1), lse.reshape(q.shape[:-1])
-        return (out, lse) if return_lse else out
+            out, lse = out.reshape(*q.shape[:-1], cache.columns), lse.reshape(q.shape[:-1])
+        return out, lse
 
     def _rows(
         self, q: Any, tables: Any, lengths: Any, skip: SkipSoftmax | None
@@ -285,6 +367,10 @@ class ContextParallel:
         said: dict[str, Any] = {"call": call}
         for name, x in arrays.items():
             view = self._engine.view(x, name)
+            if name == "block_tables":
+                if len(view.shape) != 2:
+                    raise ValueError(f"{name} has shape {view.shape}; wanted [batch, max_pages]")
+                continue  # ranks may have room for more or fewer pages
             queries = tuple(arrays["q"].shape[:-2])
             if name == "seq_lens" and view.shape != queries:
                 raise ValueError(f"seq_lens has shape {view.shape}; wanted q's {queries}")
@@ -295,6 +381,16 @@ class ContextParallel:
             said[name] = [*shape, view.dtype]
         said |= {name: _words(value) for name, value in options.items()}
         said["out_dtype"] = _check.dtype_name(options["out_dtype"]) or said["q"][-1]
+        return said
+
+    def _asked(
+        self, call: str, arrays: dict[str, Any], options: dict[str, Any], check: Any
+    ) -> dict[str, Any]:
+        """Return a decode call's description, compared with that of other ranks or not."""
+        if not _check.flag("check", check):
+            return self._described(call, arrays, options)
+        said = self._checked(call, arrays, options)
+        self._agreed(said, 0)
         return said
 
     def _checked(
@@ -326,8 +422,12 @@ def plans_of(q_len: int, keys: list[int], causal: bool, sinks: bool) -> Plans:
 
 def _refuse(skip: Any) -> None:
     """Raise for what of a SkipSoftmax has no meaning on a part of the keys."""
+    if skip is None:
+        return
     if not isinstance(skip, SkipSoftmax):
-        return  # None, or refused by the call
+        raise TypeError(f"skip_softmax is a {type(skip).__name__}; wanted a SkipSoftmax")
+    if skip.seeds is not None:
+        raise ValueError("skip_softmax has seeds, which ranks find out together; wanted None")
     if skip.threshold_scale_factor:
         raise ValueError(
             f"skip_softmax has threshold_scale_factor={skip.threshold_scale_factor!r}, which would "

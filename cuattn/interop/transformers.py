@@ -10,6 +10,7 @@ Skip-softmax can be switched on for all layers or some, and says afterwards what
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -258,13 +259,7 @@ def _skip(
     stats = _settings.stats.get(key)
     if stats is None:
         stats = _settings.stats[key] = SkipStats()
-    return cuattn.SkipSoftmax(
-        skip.threshold,
-        skip.threshold_scale_factor,
-        skip.max_dropped_mass,
-        skip.unsafe,
-        stats,
-    )
+    return replace(skip, stats=stats)
 
 
 # --- masks ---------------------------------------------------------------------------------------

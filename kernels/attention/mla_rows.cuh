@@ -59,7 +59,7 @@ struct MlaRows {
   struct Record {
     int32 end;        // of the keys it sees
     float threshold;  // log2 λ
-    float seed;       // maximum of the seeds of other splits
+    float seed;       // maximum of the seeds of other splits, and of what is known from elsewhere
   };
   static DEVICE Record record(const Shared& shared, int32 row) {
     float x[4];
@@ -76,16 +76,19 @@ struct MlaRows {
       // A row that does not exist has an infinite maximum: no key of it counts.
       kept.maximum[0][half] = exists ? -infinity() : infinity();
       alpha[0][half] = 1.f;
-      float threshold = 0.f;
+      float threshold = 0.f, seed = -infinity();
       if constexpr (config.skip_softmax && !config.mass_rule) {
         const int32 head = (work.first_row + row) % params.group;
         const DecodeWork whole = of_request<config.sparse>(params, work);
-        if (exists) threshold = row_threshold(params, whole.request, head, whole.kv_len, 1.f);
+        if (exists) {
+          threshold = row_threshold(params, whole.request, head, whole.kv_len, 1.f);
+          seed = given_seed(params, work, row);
+        }
       }
       const int32 end = work.visibility(params).keys_of(row).end;
       if (fragment_column() == 0) {
         shared_store_4(shared.rows + row * 16,
-                       {__builtin_bit_cast(float, end), threshold, -infinity(), 0.f});
+                       {__builtin_bit_cast(float, end), threshold, seed, 0.f});
         if constexpr (config.masses) {
           shared_store_4(shared.accounts + row * 16, {kept.maximum[0][half], 0.f, 0.f, 0.f});
         }

@@ -23,7 +23,7 @@ struct MlaVotes {
   using Shared = MlaShared<config>;
   using Place = MlaPlace<config>;
 
-  float seed[1][2];       // largest scores in seeds of other splits
+  float seed[1][2];       // largest scores in seeds of other splits, and known from elsewhere
   float threshold[1][2];  // log2 λ in the units of the scores
   MassLedger<1> ledger;
   int32 skipped;
@@ -56,6 +56,7 @@ struct MlaVotes {
         const int32 head = (work.first_row + row) % params.group;
         if (row < work.rows) {
           threshold[0][half] = row_threshold(params, work.request, head, work.kv_len, scale);
+          seed[0][half] = given_seed(params, work, row) * reciprocal_approximate(scale);
         }
       }
       ledger.known[0][half] = ledger.dropped[0][half] = 0.f;

@@ -16,8 +16,8 @@ struct SplitRule {
   int32 alone;     // the load is that of the request alone
 };
 
-// Of every attention kernel; what one has no use for is null or 0.
-struct AttentionParams {
+// Of every attention kernel; what one has no use for is null or 0.  Tensor maps may follow.
+struct alignas(64) AttentionParams {
   const void* q;               // [batch, q_len, q_heads, head_dim_qk] or [tokens, …]
   const void* k;               // [batch, kv_len, kv_heads, head_dim_qk], [tokens, …] or pages
   const void* v;               // the same with head_dim_v
@@ -29,6 +29,7 @@ struct AttentionParams {
   const float* scale_array;    // one number that replaces `scale`; may be null
   const float* out_scale_array;
   const float* thresholds;  // [batch, q_heads] by strides; may be null
+  const float* seeds;       // as lse, packed; decode only; may be null
   void* out;                // as q, with head_dim_v
   float* lse;               // [batch, q_len, q_heads] or [tokens, q_heads]; may be null
   uint64* skip_counts;      // [visited, skipped, ineligible][batch][q_heads]; may be null
@@ -55,4 +56,4 @@ struct AttentionParams {
   int32 unsafe;                // λ ≥ 1 is meant
 };
 
-static_assert(sizeof(Strides) == 24 && sizeof(AttentionParams) == 384);
+static_assert(sizeof(Strides) == 24 && sizeof(AttentionParams) == 448);

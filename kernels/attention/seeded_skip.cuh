@@ -1,6 +1,7 @@
 // Skip-softmax where many warps share the keys of a row: all judge by the same seeds.
 //
-//   seeds       the last tiles and the first one: one for each warp of a block
+//   seeds       the last tiles and the first one: one for each warp of a block; and what is known
+//               of keys that are not here
 //   reference   the larger of the warp's own maximum and that of the seeds
 //   skip        ⇔  for every row:  tile maximum − reference < ln λ
 //
@@ -28,6 +29,15 @@ DEVICE int32 seed_tile(const TileDeal& deal, int32 warp, int32 warps) {
 DEVICE float row_threshold(const AttentionParams& params, int32 request, int32 head, int32 kv_len,
                            float scale) {
   return SkipRule(skip_lambda(params, request, head, kv_len), scale).threshold;
+}
+
+// What is known from elsewhere of the largest score of a row, which it may not exceed; log2 units.
+DEVICE float given_seed(const AttentionParams& params, const DecodeWork& work, int32 row) {
+  if (!params.seeds) return -infinity();
+  const int32 index = work.first_row + row;
+  const int64 token = work.q_start + index / params.group;
+  const int32 head = work.kv_head * params.group + index % params.group;
+  return params.seeds[token * params.q_heads + head] * log2_e;
 }
 
 // Add a vote's counts to those of every head that has a row in it; by `threads` threads, of which
