@@ -284,7 +284,7 @@ def skipped_tiles(
     from .reference import attention
 
     seq, rows, keys = len(q), geometry.rows_per_vote, geometry.block_kv
-    alone = replace(geometry, block_q=rows)
+    alone = replace(geometry, block_q=rows, pack_rows=0)
     tiles = np.full((-(-seq // rows), -(-seq // keys)), np.nan)
     for group, first in enumerate(range(0, seq, rows)):
         end = min(first + rows, seq)

@@ -73,6 +73,9 @@ def portable_prefill(problem: Problem, device: Device) -> Plan:
         certificate=problem.skip is not None and problem.skip.certificate,
     )
     q_blocks, blocks = _row_blocks(problem, config.block_q)
+    geometry = Geometry(
+        config.block_q, config.block_kv, config.rows_per_warp, pack_rows=config.block_q
+    )
     return Plan(
         kernel="fmha_sm80",
         config=config,
@@ -80,8 +83,8 @@ def portable_prefill(problem: Problem, device: Device) -> Plan:
         grid=(blocks, 1, 1),
         threads=config.threads,
         shared_memory=config.shared_memory,
-        geometry=Geometry(config.block_q, config.block_kv, config.rows_per_warp),
-        reason=reason,
+        geometry=geometry,
+        reason=reason + _packing(problem, geometry),
     )
 
 
@@ -98,6 +101,14 @@ def _row_blocks(problem: Problem, block_q: int) -> tuple[int, int]:
     # Each request may end with one block that is not full.
     q_blocks = problem.q_len // block_q + problem.batch if problem.q_len else 0
     return q_blocks, q_blocks * problem.q_heads
+
+
+def _packing(problem: Problem, geometry: Geometry) -> str:
+    """Say what a block has if heads share it; in other forms, lengths on the device decide."""
+    pack = geometry.pack(problem.q_len, problem.q_heads // problem.kv_heads)
+    if problem.form != "batched" or pack == 1:
+        return ""
+    return f", {geometry.tokens(pack)} tokens of all {pack} heads of a kv head a block"
 
 
 def portable_tile(
@@ -143,14 +154,14 @@ def portable_tile(
 # --- prefill on Hopper ----------------------------------------------------------------------------
 
 HOPPER_KERNEL = "fmha_sm90"
-HOPPER_LONG = 8192  # keys of a request
+HOPPER_LONG = 8192  # keys of a request, where all have as many
 
 
 @lru_cache(maxsize=4096)
 def hopper_prefill(problem: Problem, device: Device) -> Plan:
     """Make the plan of a call of `fmha_sm90`: blocks stay and take items one by one."""
-    requests = max(problem.batch, 1) if problem.form == "ragged" else 1  # that share kv_len
-    long = problem.kv_len // requests >= HOPPER_LONG
+    # Elsewhere kv_len is of all requests together or a bound: bits must not depend on these.
+    long = problem.form == "batched" and problem.kv_len >= HOPPER_LONG
     full = not problem.causal and problem.window_left < 0
     config = replace(
         _hopper.tile(problem.head_dim_qk, problem.head_dim_v, device.shared_memory, full and long),
@@ -163,6 +174,7 @@ def hopper_prefill(problem: Problem, device: Device) -> Plan:
     )
     q_blocks, items = _row_blocks(problem, config.block_q)
     where = "registers" if config.q_in_registers else "shared memory"
+    geometry = Geometry(config.block_q, config.block_kv, GROUP_ROWS, pack_rows=GROUP_ROWS)
     return Plan(
         kernel=HOPPER_KERNEL,
         config=config,
@@ -170,9 +182,9 @@ def hopper_prefill(problem: Problem, device: Device) -> Plan:
         grid=(min(items, device.multiprocessors), 1, 1),
         threads=config.threads,
         shared_memory=config.shared_memory,
-        geometry=Geometry(config.block_q, config.block_kv, GROUP_ROWS),
+        geometry=geometry,
         reason=f"{config.consumers} warp-groups compute, Q in {where}, "
-        "one block a multiprocessor by registers",
+        "one block a multiprocessor by registers" + _packing(problem, geometry),
         items=items,
         partials=(0, 0, 4),
     )

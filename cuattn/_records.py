@@ -102,12 +102,26 @@ class Device:
 
 @dataclass(frozen=True, slots=True)
 class Geometry:
-    """Who votes on what: the part of a plan that a skip-softmax result depends on."""
+    """Who votes on what: the part of a plan that a skip-softmax result depends on.
+
+    A block has the tokens of one query head or, if these are few, of all heads of a kv head: row r
+    of a unit of `pack_rows` rows is then of its token r // group and of head r % group.
+    """
 
     block_q: int
     block_kv: int
     rows_per_vote: int
     order: str = "first tile, then the last one downwards"
+    pack_rows: int = 0  # 0: heads never share a block
+
+    def pack(self, q_len: int, group: int) -> int:
+        """Return how many heads share a request's blocks.  Twin of pack_of in schedule.cuh."""
+        return group if q_len <= self.block_q // 2 and group <= self.pack_rows else 1
+
+    def tokens(self, pack: int) -> int:
+        """Return the tokens of a block whose rows `pack` heads share."""
+        unit = self.pack_rows or self.block_q
+        return self.block_q // unit * (unit // pack)
 
 
 @dataclass(frozen=True, slots=True)

@@ -47,8 +47,8 @@ class Result:
         Distance of the closest vote from turning out the other way, in natural-log units; inf when
         there was none. Counts can be compared exactly while float32 scores are closer than this.
     statistics : ndarray of float64, ``[votes, heads]``
-        Per vote the largest ``tile_max - running_max`` of its rows; inf on a first tile. For
-        thresholds up to 1 they do not depend on the threshold.
+        Per vote the largest ``tile_max - running_max`` of the head's rows; inf on a first tile,
+        -inf if it has none. For thresholds up to 1 they do not depend on the threshold.
     """
 
     out: Array
@@ -66,8 +66,8 @@ class Result:
 class Votes:
     """The votes of one block of query rows."""
 
-    dropped: Array  # [head, row, key] bool
-    visited: int  # the same for every head
+    dropped: Array  # [head, token, key] bool
+    visited: Array  # [head]
     skipped: Array  # [head]
     margin: float
     statistics: Array  # [vote, head]
@@ -164,44 +164,89 @@ def score(q: Array, k: Array, options: Options, visible: Array, inner: np.dtype[
     return np.where(visible, scaled, inner.type(-np.inf))
 
 
-def vote(scores: Array, visible: Array, log_threshold: Array, geometry: Geometry) -> Votes:
-    """Replay the votes of one block; `scores` and `visible` begin with a tile's first key."""
-    heads, rows, keys = scores.shape
-    tile_keys, group_rows = geometry.block_kv, geometry.rows_per_vote
-    starts = np.arange(0, keys, tile_keys)
-    groups = -(-rows // group_rows)
-    # [head, group, row, tile]; rows past the end see nothing and have no say.
-    tile_max = np.full((heads, groups * group_rows, len(starts)), -np.inf)
-    tile_max[:, :rows] = np.fmax.reduceat(scores, starts, axis=2)
-    tile_max = np.where(np.isnan(tile_max), -np.inf, tile_max)
-    tile_max = tile_max.reshape(heads, groups, group_rows, len(starts))
-    seen: Array = np.zeros((groups * group_rows, len(starts)), bool)
-    seen[:rows] = np.logical_or.reduceat(visible, starts, axis=1)
-    seen = np.logical_or.reduce(seen.reshape(groups, group_rows, -1), axis=1)  # [group, tile]
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """Which rows of a block are whose: row r of a unit is of token r // pack, of head r % pack."""
 
-    running_max = np.full((heads, groups, group_rows), -np.inf)
-    dropped = np.zeros((heads, groups, len(starts)), bool)
-    statistics: list[Array] = []  # [vote, head] per tile
+    unit: int  # rows that begin with a token
+    pack: int  # heads that share them
+    votes: int  # of a unit
+
+    @classmethod
+    def of(cls, geometry: Geometry, pack: int) -> _Rows:
+        unit = geometry.pack_rows or geometry.block_q
+        return cls(unit, pack, -(-unit // geometry.rows_per_vote))
+
+    def cut(self, x: Array, rows_per_vote: int, absent: Any) -> Array:
+        """From [head, token, …] to [sharing heads, vote, row, …]; rows of no token are `absent`."""
+        heads, tokens, *rest = x.shape
+        here = self.unit // self.pack  # tokens of a unit
+        units = -(-tokens // here)
+        shared = np.full((heads // self.pack, self.pack, units * here, *rest), absent, x.dtype)
+        shared[:, :, :tokens] = x.reshape(-1, self.pack, tokens, *rest)
+        by_token = np.moveaxis(shared, 1, 2).reshape(-1, units, here * self.pack, *rest)
+        rows = np.full((len(by_token), units, self.votes * rows_per_vote, *rest), absent, x.dtype)
+        rows[:, :, : here * self.pack] = by_token
+        return rows.reshape(len(rows), units * self.votes, rows_per_vote, *rest)
+
+    def join(self, rows: Array, tokens: int) -> Array:
+        """The way back, from [sharing heads, vote, row, …] to [head, token, …]."""
+        shares, votes, _, *rest = rows.shape
+        here = self.unit // self.pack
+        units = rows.reshape(shares, votes // self.votes, -1, *rest)[:, :, : here * self.pack]
+        by_token = units.reshape(shares, -1, self.pack, *rest)[:, :tokens]
+        return np.moveaxis(by_token, 2, 1).reshape(shares * self.pack, tokens, *rest)
+
+
+def vote(
+    scores: Array, visible: Array, log_threshold: Array, geometry: Geometry, pack: int
+) -> Votes:
+    """Replay the votes of one block, whose rows `pack` heads share.
+
+    `scores` [head, token, key] and `visible` [token, key] begin with a tile's first key.
+    """
+    heads, tokens, keys = scores.shape
+    tile_keys = geometry.block_kv
+    starts = np.arange(0, keys, tile_keys)
+    rows = _Rows.of(geometry, pack)
+
+    def by_vote(x: Array, absent: Any) -> Array:  # [sharing heads, vote, row, …]
+        return rows.cut(x, geometry.rows_per_vote, absent)
+
+    largest = np.fmax.reduceat(scores, starts, axis=2)
+    tile_max = by_vote(np.where(np.isnan(largest), -np.inf, largest), -np.inf)
+    sees = np.broadcast_to(np.logical_or.reduceat(visible, starts, axis=1), largest.shape)
+    seen: Array = np.logical_or.reduce(by_vote(sees, False), axis=(0, 2))  # [vote, tile]
+    sharing = np.broadcast_to(np.arange(pack)[:, None], (pack, tokens))
+    sharer = by_vote(sharing, -1)[0]  # [vote, row]: which of the heads it is of
+    of_sharer = sharer == np.arange(pack)[:, None, None]
+    limit = np.where(sharer < 0, 0.0, log_threshold.reshape(-1, pack)[:, sharer])
+
+    running_max = np.full(limit.shape, -np.inf)  # [sharing heads, vote, row]
+    dropped = np.zeros((*limit.shape[:2], len(starts)), bool)
+    margin, statistics = np.inf, [np.zeros((0, heads))]
     for tile in tile_order(0, len(starts) - 1):
         candidate = tile_max[..., tile]
         with np.errstate(invalid="ignore"):
-            distance = np.where(candidate == -np.inf, -np.inf, candidate - running_max)
-        largest = distance.max(axis=2)  # [head, group]
-        dropped[..., tile] = seen[:, tile] & ~(largest >= log_threshold[:, None])
+            distance = candidate - running_max
+            objects = distance >= limit  # NaN, of a row that has seen no key, does not
+            gap = distance - limit
+        dropped[..., tile] = seen[:, tile] & ~objects.any(axis=2)
         grown = np.maximum(running_max, candidate)
         running_max = np.where(dropped[..., tile, None], running_max, grown)
-        statistics.append(largest[:, seen[:, tile]].T)
-    votes = np.concatenate(statistics)
-    with np.errstate(invalid="ignore"):
-        gaps = np.abs(votes - log_threshold)
-    finite = np.isfinite(gaps)
-    by_row = np.repeat(dropped, group_rows, axis=1)[:, :rows]
+        distance, gap = (np.where(np.isnan(x), -np.inf, x) for x in (distance, gap))
+        closest = np.abs(gap.max(axis=2))[:, seen[:, tile]]
+        margin = min(margin, closest[np.isfinite(closest)].min(initial=np.inf))
+        by_head = np.where(of_sharer[:, None], distance, -np.inf).max(axis=3)  # [sharer, share, …]
+        statistics.append(by_head.transpose(2, 1, 0).reshape(-1, heads)[seen[:, tile]])
+    has_row = of_sharer.any(axis=2)  # [sharer, vote]
+    by_row = np.repeat(dropped[:, :, None], geometry.rows_per_vote, axis=2)
     return Votes(
-        dropped=np.repeat(by_row, tile_keys, axis=2)[..., :keys],
-        visited=len(votes),
-        skipped=dropped.sum(axis=(1, 2)),
-        margin=float(gaps[finite].min()) if finite.any() else np.inf,
-        statistics=votes,
+        dropped=np.repeat(rows.join(by_row, tokens), tile_keys, axis=2)[..., :keys],
+        visited=np.tile(has_row @ seen.sum(axis=1), heads // pack),
+        skipped=(dropped.sum(axis=2) @ has_row.T).reshape(heads),
+        margin=float(margin),
+        statistics=np.concatenate(statistics),
     )
 
 

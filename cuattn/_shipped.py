@@ -28,7 +28,7 @@ def hopper() -> list[FmhaHopperConfig]:
     """Return the configurations of Hopper's prefill kernel that are worth compiling early."""
     room = _heuristics.SHARED_MEMORY["sm_90a"]
     tiles = [_hopper.tile(qk, v, room) for qk, v in HOPPER_HEAD_DIMS]
-    tiles.append(_hopper.tile(128, 128, room, tall=True))
+    tall = _hopper.tile(128, 128, room, tall=True)  # which whole sequences alone get
     return [
         replace(
             tile,
@@ -39,8 +39,9 @@ def hopper() -> list[FmhaHopperConfig]:
             skip_softmax=skip,
         )
         for tile, element, paged, soft_cap, skip in product(
-            tiles, ELEMENTS, (False, True), (False, True), (False, True)
+            (*tiles, tall), ELEMENTS, (False, True), (False, True), (False, True)
         )
+        if not (paged and tile is tall)
     ]
 
 

@@ -85,19 +85,33 @@ def _mla_cache(problem: Problem, _plan: Plan) -> tuple[Map, ...]:
 
 
 def _prefill(problem: Problem, plan: Plan) -> tuple[Map, ...]:
-    """Return the maps of q, k and v: axes are columns, rows, heads, requests or pages.
+    """Return the maps of q, k, v and of packed q.
 
-    Boxes are 64 columns of the rows of a warp-group, of a tile's keys, or of what of a tile is of
-    one page.
+    Axes are columns, rows, heads, requests or pages.  Boxes are 64 columns of the rows of a
+    warp-group, of a tile's keys, or of what of a tile is of one page.
     """
     keys = plan.config.block_kv
     if problem.page_size:
         keys = min(problem.page_size, keys & -keys)
     arrays = {"q": (problem.q, GROUP_ROWS), "k": (problem.k, keys), "v": (problem.v, keys)}
-    return tuple(
+    rows_of = (
         Map(name, *_rows_of(array, problem.page_size > 0 and name != "q"), (CHUNK, rows, 1, 1))
         for name, (array, rows) in arrays.items()
     )
+    return (*rows_of, _packed(problem))
+
+
+def _packed(problem: Problem) -> Map:
+    """Return the map of packed queries: axes are columns, heads, tokens, groups, requests.
+
+    A box is 64 columns of all heads of a group, of as many tokens as a warp-group has rows for: its
+    rows lie one behind the other, token by token.  Groups that do not fit are never packed.
+    """
+    group = problem.q_heads // problem.kv_heads
+    pack = group if group <= GROUP_ROWS else 1
+    (columns, tokens, heads, requests), (row, head, outer) = _rows_of(problem.q, False)
+    sizes = (columns, pack, tokens, max(heads // pack, 1), requests)
+    return Map("q", sizes, (head, row, pack * head, outer), (CHUNK, pack, GROUP_ROWS // pack, 1, 1))
 
 
 def _rows_of(array: Layout, pages: bool) -> tuple[tuple[int, ...], tuple[int, ...]]:

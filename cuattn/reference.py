@@ -111,11 +111,12 @@ def attention(
     out = np.zeros((heads, q_len, v.shape[2]), inner)
     lse = np.full((heads, q_len), -np.inf, inner)
     dropped_mass, certificate = np.zeros((2, heads, q_len))
-    skipped = np.zeros(heads, np.int64)
+    visited, skipped = np.zeros((2, heads), np.int64)
     statistics: list[Array] = []
-    visited, margin = 0, np.inf
+    margin = np.inf
     begin, end = visible_keys(q_len, kv_len, causal, window_left)
-    step = geometry.block_q if geometry is not None else ROWS_AT_ONCE
+    pack = geometry.pack(q_len, heads // max(kv_heads, 1)) if geometry is not None else 1
+    step = geometry.tokens(pack) if geometry is not None else ROWS_AT_ONCE
     for row in range(0, q_len, step):
         rows = slice(row, min(row + step, q_len))
         # Keys any row of the block sees; with a geometry from the first key of a tile on.
@@ -130,7 +131,7 @@ def attention(
         lost = np.zeros_like(kept)
         if geometry is not None:
             exact = score(q[rows], k[low:high], options, visible, np.dtype(np.float64))
-            votes = vote(exact, visible, log_threshold, geometry)
+            votes = vote(exact, visible, log_threshold, geometry, pack)
             lost = votes.dropped & kept
             kept = kept & ~votes.dropped
             dropped_mass[:, rows] = dropped_share(exact, lost, options.sinks)
@@ -145,13 +146,12 @@ def attention(
         out[:, rows], lse[:, rows] = weigh(
             scores, kept, v[low:high], options, q.dtype if plain else None
         )
-    visits = np.full(heads, visited, np.int64)
     return Result(
         out=out.transpose(1, 0, 2).astype(out_type),
         lse=lse.T.copy(),
-        visited=visits,
+        visited=visited,
         skipped=skipped,
-        ineligible=np.where(eligible, 0, visits),
+        ineligible=np.where(eligible, 0, visited),
         dropped_mass=dropped_mass.T.copy(),
         certificate=certificate.T.copy(),
         margin=float(margin),

@@ -21,8 +21,9 @@ PLANES = ("visited", "skipped", "ineligible")
 class SkipStats:
     """Device counters of tile votes, per request and query head.
 
-    They are made at the first call that uses them, add up over calls until `reset`, and are read
-    back (which waits for the device) only when a property is asked for.
+    A vote of rows of several heads counts for each of them. They are made at the first call that
+    uses them, add up over calls until `reset`, and are read back (which waits for the device) only
+    when a property is asked for.
 
     Examples
     --------

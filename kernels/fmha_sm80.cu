@@ -1,6 +1,7 @@
 // Prefill attention, portable.  O = softmax(Q Kᵀ · scale + mask) V, LSE = log Σ exp.
 //
-// Grid:    one block for `block_q` query rows of one head of one request (schedule.cuh).
+// Grid:    one block for `block_q` query rows of one request: tokens of a head or, where they are
+//          few, of all heads of a kv head (schedule.cuh).
 // Roles:   every warp owns `rows_per_warp` of the rows, their scores, statistics and output, from
 //          Q Kᵀ to the last store; warps share nothing but the tiles of K and V.
 // Memory:  Q stays in shared memory; K and V tiles come through a ring of two stages.
@@ -57,7 +58,7 @@ struct Shared {
 struct WarpState {
   float output[row_tiles][value_tiles][4];  // O, not yet divided by the row sums
   RowStatistics<row_tiles> rows;
-  SkipRule skip;
+  SkipRule<row_tiles> skip;
   LostWeight<row_tiles> lost;
   float squash_factor;  // with a cap, scores are tanh(Q Kᵀ · squash_factor)
   float scale;          // from scores to log2 units
@@ -66,8 +67,14 @@ struct WarpState {
 DEVICE WarpState begin(const AttentionParams& params, const Work& work) {
   const float given = params.scale_array ? *params.scale_array : params.scale;
   const float scale = (config.soft_cap ? params.soft_cap : given) * log2_e;
-  const float lambda = skip_lambda(params, work.request, work.head, work.kv_len);
-  WarpState state{.skip = SkipRule(lambda, scale), .scale = scale};
+  const int32 first_row = warp_index() * config.rows_per_warp;
+  const int32 rows = work.unit_visibility<config.block_q>(params).rows;
+  const auto threshold_of = [&](int32 row) {
+    const int32 head = work.head + (first_row + row) % work.pack;
+    if (first_row + row >= rows) return infinity();  // which never objects
+    return row_threshold(params, work.request, head, work.kv_len, scale);
+  };
+  WarpState state{.skip = SkipRule<row_tiles>(threshold_of), .scale = scale};
   if constexpr (config.soft_cap) {
     state.squash_factor = given * reciprocal_approximate(params.soft_cap);
   }
@@ -76,7 +83,7 @@ DEVICE WarpState begin(const AttentionParams& params, const Work& work) {
 }
 
 // One tile of keys for one warp's rows, which start at `warp_row` of the block's.
-DEVICE void compute_tile(WarpState& state, const Shared& shared, const Visibility& visibility,
+DEVICE void compute_tile(WarpState& state, const Shared& shared, const BlockVisibility& visibility,
                          int32 step, int32 warp_row, Range keys) {
   float scores[row_tiles][key_tiles][4];  // S
   multiply_qk<config.head_dim_qk, Input>(scores, row_reader(shared.q, warp_row),
@@ -112,38 +119,43 @@ DEVICE void compute_tile(WarpState& state, const Shared& shared, const Visibilit
 DEVICE void finish(const AttentionParams& params, const WarpState& state) {
   // NOTE: looked up again: to keep it through the loop of tiles would cost registers there.
   const Work work = find_work<config.block_q>(params, recomputed(block_index()));
-  const int32 first_row = work.first_row + warp_index() * config.rows_per_warp;
-  const RowTarget<Output> target = target_of<Output>(params, work);
-  const Finish finish = finish_of(params, work.head, state.scale);
-  write_rows(target, state.output, state.rows, finish, first_row);
-  if constexpr (config.certificate) state.lost.write(target, state.rows, finish, first_row);
+  const int32 first_row = warp_index() * config.rows_per_warp;
+  const auto rows = PrefillRows::of_unit<config.block_q>(params, work);
+  write_rows<Output>(rows, state.output, state.rows, state.scale, first_row);
+  if constexpr (config.certificate) state.lost.write(rows, state.rows, state.scale, first_row);
   if constexpr (config.skip_softmax) {
-    const Visibility visibility{work.q_len, work.kv_len, params.causal, params.window_left};
+    if (!params.skip_counts) return;
+    const BlockVisibility visibility = work.unit_visibility<config.block_q>(params);
     const Range keys = visibility.keys_of_rows(first_row, config.rows_per_warp);
-    const float lambda = skip_lambda(params, work.request, work.head, work.kv_len);
-    report_skips(params, work.request, work.head, TileOrder(keys, config.block_kv).count,
-                 state.skip.skipped, lambda < 0.f);
+    const Voters voters{work.request, work.kv_len,
+                        work.head,    work.pack,
+                        first_row,    minimum(rows.end - first_row, config.rows_per_warp)};
+    report_votes<false, warp_size>(params, voters, TileOrder(keys, config.block_kv).count,
+                                   state.skip.skipped, lane_index());
   }
 }
 
 KERNEL void __launch_bounds__(config.threads())
     fmha_sm80(const __grid_constant__ AttentionParams params) {
   const Work work = find_work<config.block_q>(params, block_index());
-  if (!work.exists || work.first_row < 0) return;
+  if (!work.exists) return;
   const Shared shared;
-  const Visibility visibility =  // rows counted from the block's first
-      Visibility{work.q_len, work.kv_len, params.causal, params.window_left}.from(work.first_row);
+  const BlockVisibility visibility = work.unit_visibility<config.block_q>(params);
   const TileOrder order(visibility.keys_of_rows(0, config.block_q), config.block_kv);
 
-  const Place rows{params.cu_seqlens_q ? 0 : work.request, work.q_start + work.first_row, work.head,
-                   visibility.q_len};
-  const Place keys{params.cu_seqlens_kv ? 0 : work.request, work.kv_start, work.head / params.group,
-                   work.kv_len};
-  const auto q_source = Source<false>::of(params.q, params.q_strides, params, rows);
+  const Place keys{params.cu_seqlens_kv ? 0 : work.request, work.kv_start,
+                   warp_uniform(work.head / params.group), work.kv_len};
+  const QueryRow first{work.request, work.q_start, work.first_token, work.head};
+  const GroupRows q_source{
+      .first = static_cast<const char*>(params.q) + first.in(params.q_strides, params) * 2,
+      .row_stride = params.q_strides.row * 2,
+      .head_stride = params.q_strides.head * 2,
+      .first_row = 0,
+      .group = work.pack};
   const auto k_source = Source<config.paged>::of(params.k, params.k_strides, params, keys);
   const auto v_source = Source<config.paged>::of(params.v, params.v_strides, params, keys);
   const auto request_keys = [&](int32 step) {
-    // NOTE: worked out again for every tile rather than kept, which would cost registers.
+    // NOTE: worked out again for every tile, as below: to keep it would cost registers.
     const Range seen = visibility.keys_of_rows(recomputed(0), config.block_q);
     const int32 first_key = TileOrder(seen, config.block_kv).at(step) * config.block_kv;
     request_tile<config.threads()>(shared.k.tile(step), k_source, first_key, seen,
@@ -154,7 +166,7 @@ KERNEL void __launch_bounds__(config.threads())
 
   WarpState state = begin(params, work);
   if (order.count > 0) {
-    request_tile<config.threads()>(shared.q, q_source, 0, {0, rows.rows}, params.head_dim_qk);
+    request_tile<config.threads()>(shared.q, q_source, 0, {0, visibility.rows}, params.head_dim_qk);
     request_keys(0);
     cp_async_commit();
   }
@@ -163,8 +175,10 @@ KERNEL void __launch_bounds__(config.threads())
     sync_block();        // everyone's has, and nobody reads tile `step − 1` any more
     if (step + 1 < order.count) request_keys(step + 1);
     cp_async_commit();
-    const int32 warp_row = recomputed(warp_index()) * config.rows_per_warp;
-    const int32 first_key = order.at(step) * config.block_kv;
+    const int32 warp = warp_uniform(recomputed(thread_index()) / warp_size);
+    const int32 warp_row = warp * config.rows_per_warp;
+    const TileOrder again(visibility.keys_of_rows(recomputed(0), config.block_q), config.block_kv);
+    const int32 first_key = again.at(step) * config.block_kv;
     const Range tile{first_key, first_key + config.block_kv};
     if (visibility.sees_any(warp_row, config.rows_per_warp, tile)) {
       compute_tile(state, shared, visibility, step, warp_row, tile);

@@ -1,7 +1,8 @@
 // Prefill attention, Hopper.  O = softmax(Q Kᵀ · scale + mask) V, LSE = log Σ exp.
 //
-// Work:    an item is `consumers` · 64 query rows of one head of one request.  Blocks stay and take
-//          items one by one (ItemOrder).
+// Work:    an item is `consumers` · 64 query rows of one request: tokens of a head or, if they are
+//          few, of all heads of a kv head (schedule.cuh).  Blocks stay and take items one by one
+//          (ItemOrder).
 // Roles:   warp-group 0, its first warp: loads Q, K and V by TMA (prefill_loader.cuh)
 //          the others: 64 query rows each, from Q Kᵀ to the last store
 // Memory:  Q; K and V tiles, two of each, in a ring that runs on from item to item.
@@ -60,7 +61,7 @@ struct State {
   RowStatistics<1> rows;               // maxima that sum and output are relative to
   // Maxima over all tiles that were not left out.
   float heaviest[1][2] = {{-infinity(), -infinity()}};
-  SkipRule skip;
+  LaneSkipRule skip;
   LostWeight<1> lost;
   float squash_factor;  // with a cap, scores are tanh(Q Kᵀ · squash_factor)
   float scale;          // from scores to log2 units
@@ -74,20 +75,20 @@ DEVICE float (&tiles_of(float (&d)[registers]))[1][registers / 4][4] {
 
 // A warp-group's place in its item.
 struct Place {
-  Visibility visibility;         // rows counted from the item's first
-  int32 group, first_row, rows;  // of the warp-group's
-  int32 warp_row;
+  BlockVisibility visibility;  // rows counted from the warp-group's first
+  int32 group, warp_row;
   Range seen_by_all;
 
   DEVICE Place(const AttentionParams& params, const Work& work, int32 group)
-      : visibility(Visibility{work.q_len, work.kv_len, params.causal, params.window_left}.from(
-            work.first_row)),
+      : visibility(work.unit_visibility<group_rows>(params, group)),
         group(group),
-        first_row(group * group_rows),
-        rows(minimum(visibility.q_len - first_row, group_rows)),
-        warp_row(first_row + warp_index() % group_warps * 16),
-        seen_by_all{visibility.keys_of(first_row + rows - 1).begin,
-                    visibility.keys_of(first_row).end} {}
+        warp_row(warp_index() % group_warps * 16),
+        seen_by_all{visibility.keys_of(visibility.rows - 1).begin, visibility.keys_of(0).end} {}
+
+  DEVICE bool has_rows() const { return visibility.rows > 0; }
+
+  // Whether row `row` of the warp's exists.
+  DEVICE bool has(int32 row) const { return warp_row + row < visibility.rows; }
 
   // Whether some row does not see all keys of a tile.
   DEVICE bool masks(int32 first_key) const {
@@ -105,11 +106,15 @@ DEVICE void release_item(const Shared& shared) {
   release(shared.q_empty);
 }
 
-DEVICE State begin(const AttentionParams& params, const Work& work) {
+DEVICE State begin(const AttentionParams& params, const Work& work, const Place& place) {
   const float given = params.scale_array ? *params.scale_array : params.scale;
   const float scale = (config.soft_cap ? params.soft_cap : given) * log2_e;
-  const float lambda = skip_lambda(params, work.request, work.head, work.kv_len);
-  State state{.skip = SkipRule(lambda, scale), .scale = scale};
+  const auto threshold_of = [&](int32 row) {
+    const int32 head = work.head + (place.warp_row + row) % work.pack;
+    if (!place.has(row)) return infinity();  // which never objects
+    return row_threshold(params, work.request, head, work.kv_len, scale);
+  };
+  State state{.skip = LaneSkipRule(threshold_of), .scale = scale};
   if constexpr (config.soft_cap) {
     state.squash_factor = given * reciprocal_approximate(params.soft_cap);
   }
@@ -122,8 +127,7 @@ DEVICE State begin(const AttentionParams& params, const Work& work) {
 DEVICE void ignore_missing_rows(State& state, const Place& place) {
 #pragma unroll
   for (int32 half = 0; half < 2; ++half) {
-    const int32 row = place.warp_row + half * 8 + fragment_row();
-    if (row >= place.visibility.q_len) state.rows.maximum[0][half] = infinity();
+    if (!place.has(half * 8 + fragment_row())) state.rows.maximum[0][half] = infinity();
   }
 }
 
@@ -242,15 +246,12 @@ DEVICE SharedAddress votes_of(const Shared& shared, int32 group, uint32 tile) {
 // Say whether this warp's rows agree to leave a tile out.
 DEVICE void cast_vote(const State& state, const float (&found)[1][2], const Shared& shared,
                       const Place& place, int32 tile) {
-  float voters[1][2];  // rows past the request's end have no say
+  float voters[1][2];  // rows that do not exist have no say
 #pragma unroll
-  for (int32 half = 0; half < 2; ++half) {
-    const int32 row = place.warp_row + half * 8 + fragment_row();
-    voters[0][half] = row < place.visibility.q_len ? found[0][half] : -infinity();
-  }
+  for (int32 half = 0; half < 2; ++half)
+    voters[0][half] = place.has(half * 8 + fragment_row()) ? found[0][half] : -infinity();
   const bool willing = warp_all(state.skip.willing(voters, state.heaviest));
-  const int32 warp = (place.warp_row - place.first_row) / 16;
-  const SharedAddress own = votes_of(shared, place.group, tile) + warp * 4;
+  const SharedAddress own = votes_of(shared, place.group, tile) + place.warp_row / 16 * 4;
   if (lane_index() == 0) shared_store(own, willing ? 1.f : 0.f);
 }
 
@@ -262,7 +263,7 @@ DEVICE bool count_votes(State& state, const float (&found)[1][2], const Shared& 
   const uint32 warp = lane_index() % group_warps;
   const bool skip = warp_all(shared_load(votes_of(shared, place.group, tile) + warp * 4) != 0.f);
   const Range keys{first_key, first_key + config.block_kv};
-  state.skip.skipped += skip && place.visibility.sees_any(place.first_row, group_rows, keys);
+  state.skip.skipped += skip && place.visibility.sees_any(0, group_rows, keys);
   float tile_maxima[1][2];
   quad_maxima(tile_maxima, found);
   if (!skip) larger(state.heaviest, state.heaviest, tile_maxima);
@@ -389,22 +390,19 @@ DEVICE void attend(State& state, const Shared& shared, const Place& place, const
 
 DEVICE void finish(State& state, const AttentionParams& params, const Work& work,
                    const Place& place) {
-  const RowTarget<Output> target = target_of<Output>(params, work);
-  const Finish finish = finish_of(params, work.head, state.scale);
-  const int32 first_row = work.first_row + place.warp_row;
+  const auto rows = PrefillRows::of_unit<group_rows>(params, work, place.group);
   if constexpr (sizeof(Output) == 2) {
-    write_wide_rows(target, tiles_of(state.output), state.rows, finish, first_row);
+    write_wide_rows<Output>(rows, tiles_of(state.output), state.rows, state.scale, place.warp_row);
   } else {
-    write_rows(target, tiles_of(state.output), state.rows, finish, first_row);
+    write_rows<Output>(rows, tiles_of(state.output), state.rows, state.scale, place.warp_row);
   }
-  if constexpr (config.certificate) state.lost.write(target, state.rows, finish, first_row);
+  if constexpr (config.certificate) state.lost.write(rows, state.rows, state.scale, place.warp_row);
   if constexpr (config.skip_softmax) {
-    const Range keys = place.visibility.keys_of_rows(place.first_row, group_rows);
-    const float lambda = skip_lambda(params, work.request, work.head, work.kv_len);
-    if (warp_index() % group_warps == 0) {
-      report_skips(params, work.request, work.head, TileOrder(keys, config.block_kv).count,
-                   state.skip.skipped, lambda < 0.f);
-    }
+    if (!params.skip_counts || warp_index() % group_warps != 0) return;
+    const Range keys = place.visibility.keys_of_rows(0, group_rows);
+    const Voters voters{work.request, work.kv_len, work.head, work.pack, 0, rows.end};
+    report_votes<false, warp_size>(params, voters, TileOrder(keys, config.block_kv).count,
+                                   state.skip.skipped, lane_index());
   }
 }
 
@@ -414,18 +412,18 @@ DEVICE void compute(const AttentionParams& params, const Shared& shared, int32 g
     mbarrier_wait(shared.q_full, turn & 1);
     const Work work = shared.work(turn);
     if (!work.exists) return;
-    State state = begin(params, work);
-    load_q(state, shared, group);
     const Place place(params, work, group);
+    State state = begin(params, work, place);
     ignore_missing_rows(state, place);
-    const TileOrder order(place.visibility.keys_of_rows(0, config.block_q()), config.block_kv);
-    if (order.count > 0 && place.rows > 0) {
+    load_q(state, shared, group);
+    const TileOrder order(work.keys<group_rows>(params, config.consumers), config.block_kv);
+    if (order.count > 0 && place.has_rows()) {
       attend(state, shared, place, order, first_tile);
     } else {
       if constexpr (!config.q_in_registers) release_item(shared);
       pass_over(shared, first_tile, order.count);
     }
-    if (place.rows > 0) finish(state, params, shared.work(turn), place);
+    if (place.has_rows()) finish(state, params, shared.work(turn), place);
     first_tile += order.count;
   }
 }

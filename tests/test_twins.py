@@ -38,6 +38,7 @@ from cuattn._config import (
 from cuattn._records import (
     DecodeGeometry,
     Device,
+    Geometry,
     Layout,
     Plan,
     Problem,
@@ -228,7 +229,7 @@ def test_shared_memory_is_what_the_kernel_carves(head_dim_qk: int, head_dim_v: i
 
 @pytest.mark.parametrize("dims", [(64, 64), (192, 128), (72, 256)])
 def test_shared_memory_and_maps_of_hopper_prefill(dims: tuple[int, int]) -> None:
-    """The carver's parts are multiples of what they are aligned to; three maps end the struct."""
+    """The carver's parts are multiples of what they are aligned to; four maps end the struct."""
     problem = problem_of(batched(BATCHED[0]))
     plan = _heuristics.hopper_prefill(
         replace(problem, head_dim_qk=dims[0], head_dim_v=dims[1]), H200
@@ -237,7 +238,8 @@ def test_shared_memory_and_maps_of_hopper_prefill(dims: tuple[int, int]) -> None
     tiles = f"{q} + stages * (Shared::KTile::bytes + Shared::VTile::bytes)"
     rest = "2 * 32 + config.consumers * 2 * 16 + (4 * stages + 3) * 8"
     place = "__INTADDR__(&((FmhaHopperParams*)0)->{})"
-    maps = [_params.SIZE + i * _tensor_map.SIZE for i in range(4)]
+    names = ("q", "k", "v", "packed_q")
+    maps = [_params.SIZE + i * _tensor_map.SIZE for i in range(5)]
     compile_asserts(
         [
             f"{q} % 1024 == 0",
@@ -245,13 +247,40 @@ def test_shared_memory_and_maps_of_hopper_prefill(dims: tuple[int, int]) -> None
             f"config.threads() == {plan.threads}",
             f"config.block_q() == {plan.geometry.block_q}",
             f"group_rows == {plan.geometry.rows_per_vote}",
-            *(f"{place.format(n)} == {at}" for n, at in zip("qkv", maps, strict=False)),
-            f"sizeof(FmhaHopperParams) == {maps[3]}",
+            *(f"{place.format(n)} == {at}" for n, at in zip(names, maps, strict=False)),
+            f"sizeof(FmhaHopperParams) == {maps[4]}",
         ],
         config=plan.config.define(),
         head=_sources.read()["fmha_sm90.cu"],
         arch="sm_90a",
     )
+
+
+@pytest.mark.parametrize(("block_q", "unit"), [(128, 128), (64, 64), (128, 64), (192, 64)])
+def test_heads_share_blocks_of_the_same_requests(block_q: int, unit: int) -> None:
+    geometry = Geometry(block_q, 1, 1, pack_rows=unit)
+    lengths = (0, 1, block_q // 2, block_q // 2 + 1, block_q, 1 << 30)
+    groups = (1, 2, 5, unit, unit + 1, 200)
+    packs = {(n, group): geometry.pack(n, group) for n in lengths for group in groups}
+    assert {1, 2, 5, unit} == set(packs.values())
+    asked = f"pack_of<{block_q}, {unit}>({{}}, {{}}) == {{}}"
+    compile_asserts(
+        [asked.format(*pair, pack) for pair, pack in packs.items()],
+        head="#include <attention/schedule.cuh>",
+    )
+
+
+def test_only_whole_sequences_get_the_tile_of_long_attention() -> None:
+    """Elsewhere kv_len is of the whole batch or a bound, on which no bits may depend."""
+    usual = replace(problem_of(batched(BATCHED[0])), causal=False, head_dim_qk=128, head_dim_v=128)
+    long = _heuristics.HOPPER_LONG
+    tiles = {}
+    for form, keys in itertools.product(("batched", "ragged", "paged"), (long, 128)):
+        problem = replace(usual, form=form, kv_len=keys, batch=1)
+        config = _heuristics.hopper_prefill(problem, H200).config
+        tiles[form, keys] = config.block_q, config.block_kv
+    assert tiles.pop(("batched", long)) == (192, 80)
+    assert set(tiles.values()) == {(128, 128)}
 
 
 DECODE_TILES = [((64, 64), 17), ((192, 128), 4), ((96, 256), 4)]

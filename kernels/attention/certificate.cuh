@@ -10,6 +10,7 @@
 
 #include <attention/mask.cuh>
 #include <attention/online_softmax.cuh>
+#include <attention/prefill_rows.cuh>
 #include <attention/row_result.cuh>
 
 // Float arithmetic must not certify less than was lost: less than 1/256 is what all roundings make,
@@ -62,18 +63,20 @@ struct LostWeight {
     return fminf(fmaxf(dropped_share(row, finish) * certificate_margin, smallest_share), 1.f);
   }
 
-  // Write the certificates of a warp's rows.
-  template <typename Output>
-  DEVICE void write(const RowTarget<Output>& target, const RowStatistics<row_tiles>& statistics,
-                    const Finish& finish, int32 first_row) const {
+  // Write the certificates of a warp's rows, the first of which is `first_row`.
+  DEVICE void write(const PrefillRows& rows, const RowStatistics<row_tiles>& statistics,
+                    float scale, int32 first_row) const {
     float sums[row_tiles][2];
 #pragma unroll
     for (int32 r = 0; r < row_tiles; ++r)
 #pragma unroll
       for (int32 half = 0; half < 2; ++half) sums[r][half] = quad_sum(statistics.sum[r][half]);
     const int32 row = first_row + own_row();
-    const float share = largest_share(own(statistics.maximum), own(sums), finish);
-    if (row < target.rows && fragment_column() < 2 * quad_rows)
-      target.dropped_mass[row * target.lse_stride] = share;
+    const AttentionParams& params = rows.params;
+    const QueryRow place = rows.tokens.at(row);
+    const float share =
+        largest_share(own(statistics.maximum), own(sums), finish_of(params, place.head, scale));
+    if (row < rows.end && fragment_column() < 2 * quad_rows)
+      params.dropped_mass[place.in(params.lse_strides, params)] = share;
   }
 };

@@ -4,20 +4,8 @@
 #include <attention/decode_shape.cuh>
 #include <attention/decode_work.cuh>
 #include <attention/page_walk.cuh>
+#include <attention/query_rows.cuh>
 #include <tile/copy.cuh>
-
-// Rows of Q as they lie: all heads of a group, token after token.
-struct GroupRows {
-  const char* first;              // token 0, first head of the group
-  int64 row_stride, head_stride;  // bytes
-  int32 first_row, group;
-
-  DEVICE const char* row(int32 index) const {
-    const int32 token = (first_row + index) / group, head = (first_row + index) % group;
-    return first + token * row_stride + head * head_stride;
-  }
-  DEVICE bool exists(int32) const { return true; }
-};
 
 template <DecodeConfig config>
 struct DecodeItem {

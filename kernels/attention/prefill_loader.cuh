@@ -5,10 +5,12 @@
 #include <ptx/atomic.cuh>
 #include <ptx/tma.cuh>
 
-// Maps have the axes columns, rows, heads, requests or pages; a box is 64 columns of rows.
+// Maps have the axes columns, rows, heads, requests or pages; a box is 64 columns of rows.  That of
+// packed queries has columns, heads of a group, tokens, groups, requests; a box is 64 columns of
+// all heads of as many tokens as a warp-group has rows for.
 struct FmhaHopperParams {
   AttentionParams attention;
-  TensorMap q, k, v;
+  TensorMap q, k, v, packed_q;
 };
 
 template <FmhaHopperConfig config>
@@ -25,11 +27,11 @@ struct PrefillLoader {
 
   // All items of this block, and one that does not exist.
   DEVICE void run() {
-    const ItemOrder<config.block_q()> items(params);
+    const ItemOrder<config.block_q(), group_rows> items(params);
     int32 turn = 0, tile = 0;
     for (int32 item = block_index(); item < params.items; item = next_item()) {
       const Work work = items.find(item);
-      if (!work.exists || work.first_row < 0) continue;
+      if (!work.exists) continue;
       tile += load(work, turn, tile);
       ++turn;
     }
@@ -51,9 +53,7 @@ struct PrefillLoader {
 
   // Load an item; returns how many tiles it has.
   DEVICE int32 load(const Work& work, int32 turn, int32 first_tile) {
-    const Visibility visibility =
-        Visibility{work.q_len, work.kv_len, params.causal, params.window_left}.from(work.first_row);
-    const Range seen = visibility.keys_of_rows(0, config.block_q());
+    const Range seen = work.keys<group_rows>(params, config.consumers);
     const TileOrder order(seen, config.block_kv);
 
     // K of a tile is wanted before V of the one before it, and Q as soon as K of the first.
@@ -141,18 +141,39 @@ struct PrefillLoader {
   // Q of an item, and what the item is.
   DEVICE void load_q(const Work& work, int32 turn) const {
     using Tile = typename Shared::QTile;
+    const int32 tokens = group_rows / work.pack, rows = tokens * work.pack;  // of a warp-group
     mbarrier_wait(shared.q_empty, (turn & 1) ^ 1);
+    clear_rows(rows);
     if (lane_index() == 0) {
       shared.publish(turn, work);
-      mbarrier_arrive_expect(shared.q_full, config.consumers * Tile::bytes);
+      mbarrier_arrive_expect(shared.q_full, config.consumers * Tile::chunks * rows * row_bytes);
     }
     sync_warp();
     const int32 group = lane_index() / Tile::chunks, chunk = lane_index() % Tile::chunks;
     const int32 outer = params.cu_seqlens_q ? 0 : work.request;
     if (group < config.consumers) {
-      const int32 row = work.q_start + work.first_row + group * group_rows;
-      tma_load(shared.q_of(group).start + chunk * Tile::chunk_bytes, maps.q,
-               {chunk * chunk_columns, row, work.head, outer}, shared.q_full);
+      const SharedAddress target = shared.q_of(group).start + chunk * Tile::chunk_bytes;
+      const int32 column = chunk * chunk_columns;
+      const int32 token = work.q_start + work.first_token + group * tokens;
+      if (work.pack == 1) {
+        tma_load(target, maps.q, {column, token, work.head, outer}, shared.q_full);
+      } else {
+        tma_load(target, maps.packed_q, {column, 0, token, work.head / work.pack, outer},
+                 shared.q_full);
+      }
     }
+  }
+
+  // Rows of each warp-group from `first_row` on, which no token fills, become zeros.
+  DEVICE void clear_rows(int32 first_row) const {
+    using Tile = typename Shared::QTile;
+    if (first_row == group_rows) return;
+    for (int32 chunk = 0; chunk < config.consumers * Tile::chunks; ++chunk) {
+      const SharedAddress target = shared.q + chunk * Tile::chunk_bytes + lane_index() % 8 * 16;
+      for (int32 row = first_row + lane_index() / 8; row < group_rows; row += 4)
+        shared_store_4(target + row * row_bytes, {0.f, 0.f, 0.f, 0.f});
+    }
+    fence_proxy_async();
+    sync_warp();
   }
 };

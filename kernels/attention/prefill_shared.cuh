@@ -65,8 +65,9 @@ struct PrefillShared {
   DEVICE void publish(int32 turn, const Work& work) const {
     const SharedAddress target = works + turn % 2 * 32;
     shared_store_4(target,
-                   {bits(work.request), bits(work.head), bits(work.first_row), bits(work.q_start)});
-    shared_store_4(target + 16, {bits(work.q_len), bits(work.kv_len), bits(work.exists), 0.f});
+                   {bits(work.request), bits(work.head), bits(work.first_token), bits(work.pack)});
+    shared_store_4(target + 16,
+                   {bits(work.q_len), bits(work.kv_len), bits(work.q_start), bits(work.exists)});
   }
 
   DEVICE Work work(int32 turn) const {
@@ -76,12 +77,13 @@ struct PrefillShared {
     shared_load_4(second, source + 16);
     return {.request = number(first[0]),
             .head = number(first[1]),
-            .first_row = number(first[2]),
+            .first_token = number(first[2]),
+            .pack = number(first[3]),
             .q_len = number(second[0]),
             .kv_len = number(second[1]),
-            .q_start = number(first[3]),
+            .q_start = number(second[2]),
             .kv_start = 0,
-            .exists = number(second[2]) != 0};
+            .exists = number(second[3]) != 0};
   }
 
  private:

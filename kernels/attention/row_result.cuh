@@ -4,18 +4,7 @@
 #include <attention/output.cuh>
 #include <attention/params.cuh>
 #include <attention/partial.cuh>
-
-// A row of q: token `token` of request `request`, whose tokens follow `q_start` others.
-struct QueryRow {
-  int32 request, q_start, token, head;
-
-  // Where it lies in an array of that form.
-  DEVICE int64 in(const Strides& strides, const AttentionParams& params) const {
-    const bool ragged = params.cu_seqlens_q;
-    return (ragged ? 0 : request) * strides.outer +
-           (ragged ? q_start + token : token) * strides.row + head * strides.head;
-  }
-};
+#include <attention/query_rows.cuh>
 
 // The share of the denominator, sink included, that was left out.
 DEVICE float dropped_share(const PartialRow& row, const Finish& finish) {

@@ -1,18 +1,52 @@
 // Which rows of which request a block works on, and in which order it visits the keys.
 //
 // Lengths are read on the device: the grid depends on shapes only, blocks without rows leave.
+//
+// Packing: a block has the tokens of one query head, or those of all heads of a kv head, which then
+// read the keys once.
+//
+//   rows     row r of a block is of its token r / pack, and of head r % pack of its `pack` heads
+//   units    come one after the other in a block, and begin with a token: rows of one that its
+//            unit / pack tokens do not fill do not exist
+//   blocks   are enumerated by query head; a packed group needs fewer, those of its first heads
 #pragma once
 
 #include <attention/mask.cuh>
 #include <attention/params.cuh>
 #include <core/math.cuh>
 
-// One block's share: rows [first_row, first_row + block_q) of one request and query head.
+// How many heads share a request's blocks: all of a group, if the tokens of one would fill half of
+// a block at most.  The request alone decides, so that it is no matter who else is in the batch
+// (twin: Geometry.pack in _records.py).
+template <int32 block_q, int32 unit>
+DEVICE constexpr int32 pack_of(int32 q_len, int32 group) {
+  return q_len <= block_q / 2 && group <= unit ? group : 1;
+}
+
+// One block's share: tokens from `first_token` on, of one request and of heads [head, head + pack).
 struct Work {
-  int32 request, head, first_row;
+  int32 request, head, first_token, pack;
   int32 q_len, kv_len;
   int32 q_start, kv_start;  // the request's first token, where requests lie end to end
   bool exists;
+
+  DEVICE Visibility visibility(const AttentionParams& params) const {
+    return {q_len, kv_len, params.causal, params.window_left};
+  }
+
+  // What the rows of the block's unit number `index` see.
+  template <int32 unit>
+  DEVICE BlockVisibility unit_visibility(const AttentionParams& params, int32 index = 0) const {
+    const int32 tokens = warp_uniform(unit / pack);
+    const Visibility here = visibility(params).from(first_token + index * tokens);
+    return {here, minimum(here.q_len, tokens) * pack, pack};
+  }
+
+  // All keys that the rows of the block see, which has so many units.
+  template <int32 unit>
+  DEVICE Range keys(const AttentionParams& params, int32 units) const {
+    return visibility(params).from(first_token).keys_of_first(units * (unit / pack));
+  }
 };
 
 // A request's part [begin, end) of `tokens`, whatever cu_seqlens holds.
@@ -47,7 +81,7 @@ DEVICE bool find_request(int32 batch, const BlocksOf& blocks_of, int32& request,
 
 // Block of rows `slot`, the last rows first, of head `head` of all requests' heads or, where
 // requests lie end to end, of one's.
-template <int32 block_q>
+template <int32 block_q, int32 unit>
 DEVICE Work work_of(const AttentionParams& params, int32 slot, int32 head) {
   Work work{};
   work.head = head % params.q_heads;
@@ -80,20 +114,27 @@ DEVICE Work work_of(const AttentionParams& params, int32 slot, int32 head) {
   work.q_len = warp_uniform(work.q_len);
   work.kv_len = warp_uniform(work.kv_len);
   slot = warp_uniform(slot);
+  work.pack = pack_of<block_q, unit>(work.q_len, params.group);
+  if (work.pack > 1) {  // each head has one block, of which the group needs the first ones
+    slot = work.head % work.pack;
+    work.head -= slot;
+  }
   // Under a causal mask the last rows have most keys: they start first.
-  work.first_row = (ceil_div(work.q_len, block_q) - 1 - slot) * block_q;
+  const int32 tokens = block_q / unit * (unit / work.pack);
+  work.first_token = warp_uniform((ceil_div(work.q_len, tokens) - 1 - slot) * tokens);
+  work.exists = work.first_token >= 0;
   return work;
 }
 
-template <int32 block_q>
+template <int32 block_q, int32 unit = block_q>
 DEVICE Work find_work(const AttentionParams& params, uint32 block) {
-  return work_of<block_q>(params, block % params.q_blocks, block / params.q_blocks);
+  return work_of<block_q, unit>(params, block % params.q_blocks, block / params.q_blocks);
 }
 
 // The order of items that blocks take one by one: the longest first, so that the last ones are
 // short; but only in sections of heads whose keys and values fit the L2 together, and in these the
 // heads take turns.
-template <int32 block_q>
+template <int32 block_q, int32 unit = block_q>
 struct ItemOrder {
   static constexpr int32 section_kib = 32 << 10;
 
@@ -113,7 +154,7 @@ struct ItemOrder {
     const int32 first_head = item / (section * params.q_blocks) * section;
     const int32 rest = item - first_head * params.q_blocks;
     const int32 width = minimum(section, heads - first_head);
-    return work_of<block_q>(params, rest / width, first_head + rest % width);
+    return work_of<block_q, unit>(params, rest / width, first_head + rest % width);
   }
 };
 

@@ -25,12 +25,6 @@ DEVICE int32 seed_tile(const TileDeal& deal, int32 warp, int32 warps) {
   return tile > deal.first ? tile : deal.first - 1;
 }
 
-// log2 λ of a row's head in the units of the scores; −∞: this row never lets a tile go.
-DEVICE float row_threshold(const AttentionParams& params, int32 request, int32 head, int32 kv_len,
-                           float scale) {
-  return SkipRule(skip_lambda(params, request, head, kv_len), scale).threshold;
-}
-
 // What is known from elsewhere of the largest score of a row, which it may not exceed; log2 units.
 DEVICE float given_seed(const AttentionParams& params, const DecodeWork& work, int32 row) {
   if (!params.seeds) return -infinity();
@@ -45,12 +39,9 @@ DEVICE float given_seed(const AttentionParams& params, const DecodeWork& work, i
 template <bool mass_rule, int32 threads>
 DEVICE void report_block(const AttentionParams& params, const DecodeWork& work, int32 visited,
                          uint32 skipped, int32 thread = thread_index()) {
-  for (int32 i = thread; i < minimum(work.rows, params.group); i += threads) {
-    const int32 head = work.kv_head * params.group + (work.first_row + i) % params.group;
-    const bool ineligible =
-        !mass_rule && skip_lambda(params, work.request, head, work.kv_len) < 0.f;
-    add_skips(params, work.request, head, visited, skipped, ineligible);
-  }
+  const Voters voters{work.request, work.kv_len,    work.kv_head * params.group,
+                      params.group, work.first_row, work.rows};
+  report_votes<mass_rule, threads>(params, voters, visited, skipped, thread);
 }
 
 // Whether all rows agree to leave a tile out.  A row that sees no key of it (−∞) does not object,

@@ -8,9 +8,8 @@
 
 // Which row of q an item's row is.
 DEVICE QueryRow query_row(const AttentionParams& params, const DecodeWork& work, int32 row) {
-  const int32 index = work.first_row + row;
-  return {work.request, work.q_start, index / params.group,
-          work.kv_head * params.group + index % params.group};
+  const QueryRow first{work.request, work.q_start, 0, work.kv_head * params.group};
+  return TokenRows{first, params.group}.at(work.first_row + row);
 }
 
 // A row's parts: of split 0 with the first items, of the others after all of those and after the
