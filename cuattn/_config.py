@@ -146,7 +146,7 @@ class MlaConfig(KernelConfig):
     @property
     def shared_memory(self) -> int:
         """Bytes of a block: three tiles of latent columns, Q's and K's last ones, P, and rows."""
-        return 232_032
+        return 232_160
 
 
 @dataclass(frozen=True, slots=True)

@@ -367,9 +367,16 @@ def mla_decode(problem: Problem, device: Device) -> Plan:
         row_blocks = problem.tokens * problem.q_heads // rows + problem.batch
     places = device.multiprocessors  # one block fills the shared memory
     rule, most, items = _splits(problem, row_blocks, places, SMALLEST_MLA_SPLIT)
-    blocks = items if kernel == MLA_HOPPER else min(items, LINE * places)
-    partials = _partials(problem, rows, row_blocks, items) if most > 1 else (0, 0, 0)
     merge = _mla_merge(problem, rows, row_blocks, places, most)
+    out, statistics, arrivals = (
+        _partials(problem, rows, row_blocks, items) if most > 1 else (0, 0, 0)
+    )
+    arrivals = arrivals if merge is None else 0
+    blocks = min(items, LINE * places)
+    if kernel == MLA_HOPPER:
+        # Blocks that stay ask for the next item, with one counter more.
+        blocks = items if problem.sparse else min(items, places)
+        arrivals = arrivals if blocks == items else 4 * (row_blocks + 1)
     return Plan(
         kernel=kernel,
         config=config,
@@ -382,7 +389,7 @@ def mla_decode(problem: Problem, device: Device) -> Plan:
         f"at most {most} splits, merged by "
         f"{'their last block' if merge is None else 'a kernel of its own'}",
         items=items,
-        partials=partials if merge is None else (*partials[:2], 0),
+        partials=(out, statistics, arrivals),
         merge=merge,
     )
 

@@ -102,7 +102,7 @@ def pack_rest(
         *(splits.share, splits.smallest, splits.alone),
         problem.kv_heads,
         plan.items,
-        any(plan.partials[:2]),
+        _splitting(plan),
         scale,
         out_scale,
         problem.soft_cap,
@@ -110,6 +110,11 @@ def pack_rest(
         bool(skip and skip.source == "scale_factor"),
         bool(skip and skip.unsafe),
     )
+
+
+def _splitting(plan: Plan) -> int:
+    """Return 0 if no request may be cut, and who merges its splits: 1 the last, 2 a kernel."""
+    return any(plan.partials[:2]) and (1 if plan.merge is None else 2)
 
 
 def _outer_row_head(strides: tuple[int, ...], form: str) -> tuple[int, int, int]:

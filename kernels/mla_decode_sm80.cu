@@ -424,8 +424,7 @@ DEVICE void run(const AttentionParams& params, const Shared& shared, const Sched
   }
   const GlobalParts parts = parts_of(schedule, work, 0, config.latent);
   write_rows(state, params, work, parts, place);
-  // Without counters of arrivals, a kernel of its own does it.
-  if (params.arrivals) merge_all(params, shared, work, parts);
+  if (merged_by_block(params)) merge_all(params, shared, work, parts);
 }
 
 KERNEL void __launch_bounds__(config.threads(), 1)

@@ -3,7 +3,8 @@
 //
 // Work:    an item is 64 rows of one request (query heads × tokens) and one split of its keys
 //          (decode_work.cuh), whose tiles of 64 keys mla_item.cuh deals; with chosen keys, of one
-//          token and its list (sparse_token.cuh).
+//          token and its list (sparse_token.cuh).  Blocks stay and take items one by one; a warp of
+//          right finds them (mla_finder.cuh).
 // Roles:   three warp-groups.
 //            scores   Q in registers but for its last two chunks.  Q Kᵀ of tile i + 1 runs while P
 //                     of tile i is stored; then softmax of i + 1
@@ -12,14 +13,22 @@
 //          Chosen keys are gathered by all threads of left and right (mla_gather.cuh).
 // Memory:  a tile's latent part is K and V at once: it is loaded once, into one of three stages,
 //          freed by both P V; its rope part has one place, free as soon as Q Kᵀ is done; one P.
-// Waits:   full: a tile is there │ empty: both P V are done with it │ rope_full, rope_free
-//          p_ready: P and what O shrinks by │ p_free: both P V are done with them
+//          An item's Q passes through a stage before its tiles, and the ring runs on from item to
+//          item: so the next one's Q and first tiles are on their way before this one's O is
+//          written.
+// Waits:   known: what an item is
+//          full: a tile is there, or a stage is free for Q │ empty: both P V are done with a tile,
+//          or Q is in registers │ rope_full, rope_free
+//          p_ready: P and what O shrinks by, or, after the last, what its rows are multiplied by
+//          p_free: both P V are done with that; after the last: with the item
 // Skips:   the scores' warps vote on a tile together (mla_rows.cuh).  One that is left out has
 //          no P: both P V are told so in its turn, and only free its stage.
-// Result:  as in decode: O and LSE, or a part that the last split to arrive merges.
+// Result:  as in decode: O and LSE, or a part that the last split to arrive merges; left and right
+//          write it while the scores are at the next item.
 #include <attention/config.cuh>
 #include <attention/decode_item.cuh>
 #include <attention/decode_work.cuh>
+#include <attention/mla_finder.cuh>
 #include <attention/mla_gather.cuh>
 #include <attention/mla_item.cuh>
 #include <attention/mla_pages.cuh>
@@ -35,7 +44,6 @@
 #include <ptx/special.cuh>
 #include <ptx/stmatrix.cuh>
 #include <ptx/sync.cuh>
-#include <ptx/tma.cuh>
 #include <ptx/wgmma.cuh>
 #include <tile/copy.cuh>
 #include <tile/descriptor.cuh>
@@ -44,19 +52,17 @@
 constexpr MlaConfig config{CUATTN_CONFIG};
 using Input = Element<config.element>;
 using Output = Element<config.output>;
-using Schedule = DecodeSchedule<block_rows, RequestKind<config.sparse>::Type>;
 
 DEVICE QueryRow row_of(const AttentionParams& params, const DecodeWork& work, int32 row) {
   return row_of<config.sparse>(params, work, row);
 }
 
-// The parts of this item's row 0.
-DEVICE GlobalParts parts_of(const AttentionParams& params, const DecodeWork& work) {
-  return work.splits == 1 ? GlobalParts{} : parts_of(Schedule(params), work, 0, latent);
+// The parts of an item's row 0.
+DEVICE GlobalParts parts_of(const AttentionParams& params, const Shared& shared,
+                            const DecodeWork& work) {
+  if (work.splits == 1) return {};
+  return parts_of(kept_schedule<config.sparse>(params, shared), work, 0, latent);
 }
-
-// All warp-groups, wherever each is in its code.
-DEVICE void meet() { named_barrier_sync<2, config.threads()>(); }
 
 // --- Scores.
 
@@ -69,9 +75,13 @@ struct Scores {
   int32 common_end;  // of the keys that all rows see
 };
 
-// Q's rows, zeros behind the last: its first chunks by way of stage 0 into registers.
-DEVICE void load_q(Scores& state, const AttentionParams& params, const Shared& shared,
-                   const DecodeWork& work) {
+using FirstTile = SharedTile<block_rows, q_chunks * chunk_columns>;  // of Q
+using LastTile = SharedTile<block_rows, 2 * chunk_columns>;
+
+// Ask for an item's rows of Q, zeros behind the last: its first chunks pass through the ring.
+DEVICE void request_q(const AttentionParams& params, const Shared& shared, const Turn& turn) {
+  named_barrier_sync<1, group_threads>();  // no product reads the Q before any more
+  const DecodeWork work = shared.work(turn.number);
   QueryRow first{work.request, work.q_start, 0, 0};
   if constexpr (config.sparse) first = SparseToken::row(params, work.request, 0);
   GroupRows rows{
@@ -80,27 +90,36 @@ DEVICE void load_q(Scores& state, const AttentionParams& params, const Shared& s
       .head_stride = params.q_strides.head * 2,
       .first_row = work.first_row,
       .group = params.group};
-  using FirstTile = SharedTile<block_rows, q_chunks * chunk_columns>;
-  using LastTile = SharedTile<block_rows, 2 * chunk_columns>;
-  request_tile<group_threads>(FirstTile{shared.kv}, rows, 0, {0, work.rows}, FirstTile::columns);
+  const int32 entry = turn.entry(-1);
+  shared.wait_full(entry);  // the stage is free
+  request_tile<group_threads>(FirstTile{shared.stage(entry)}, rows, 0, {0, work.rows},
+                              FirstTile::columns);
   rows.first += FirstTile::columns * 2;
   request_tile<group_threads>(LastTile{shared.q}, rows, 0, {0, work.rows}, LastTile::columns);
   cp_async_commit();
+}
+
+// Q into registers, and its stage to the next tile.
+DEVICE void take_q(Scores& state, const Shared& shared, const Turn& turn) {
   cp_async_wait<0>();
   fence_proxy_async();  // for wgmma, and for the tile that will lie where Q does
   named_barrier_sync<1, group_threads>();
-  const int32 lane = lane_index(), row = warp_index() * 16 + lane % 16;
+  const int32 entry = turn.entry(-1), lane = lane_index(), row = warp_index() * 16 + lane % 16;
 #pragma unroll
   for (int32 step = 0; step < q_chunks * 4; ++step)
-    ldmatrix_x4(state.q[step], FirstTile{shared.kv}.at(step / 4, row, step % 4 * 2 + lane / 16));
+    ldmatrix_x4(state.q[step],
+                FirstTile{shared.stage(entry)}.at(step / 4, row, step % 4 * 2 + lane / 16));
   sync_warp();
-  if (lane == 0) mbarrier_arrive(shared.q_read);
+  if (lane != 0) return;
+  for (int32 half = 0; half < 2; ++half)  // as often as warps of both P V
+    mbarrier_arrive(shared.empty + entry % stages * 8);
 }
 
 // Begin S = Q Kᵀ of a tile.
-DEVICE void multiply_q(Scores& state, const Shared& shared, int32 step) {
-  const SharedAddress k = shared.kv + step % stages * stage_bytes;
-  mbarrier_wait(shared.full + step % stages * 8, step / stages & 1);
+DEVICE void multiply_q(Scores& state, const Shared& shared, const Turn& turn, int32 step) {
+  const int32 entry = turn.entry(step);
+  const SharedAddress k = shared.stage(entry);
+  shared.wait_full(entry);
   wgmma_fence();
 #pragma unroll
   for (int32 i = 0; i < q_chunks * 4; ++i)
@@ -111,7 +130,7 @@ DEVICE void multiply_q(Scores& state, const Shared& shared, int32 step) {
     wgmma_shared<Input, Major::depth, Major::depth>(
         state.s, depth_major(shared.q) + i * 2,
         depth_major(k) + q_chunks * (chunk_bytes / 16) + i * 2, true);
-  mbarrier_wait(shared.rope_full, step & 1);
+  mbarrier_wait(shared.rope_full, turn.tile(step) & 1);
   wgmma_fence();
 #pragma unroll
   for (int32 i = 0; i < 4; ++i)
@@ -122,37 +141,37 @@ DEVICE void multiply_q(Scores& state, const Shared& shared, int32 step) {
 }
 
 // Values past the last key become zeros: whatever is there, a weight of 0 must make nothing of it.
-DEVICE void clear_tail(const Shared& shared, const Item& item, int32 step) {
-  const int32 first = kept_work(shared).kv_len - item.first_key(step);
-  if (first >= tile_keys) return;
-  named_barrier_sync<1, group_threads>();    // no product reads the keys any more
-  const int32 column = thread_index() % 64;  // 16 bytes, of all chunks
-  const SharedAddress target = shared.kv + step % stages * stage_bytes + column / 8 * chunk_bytes;
-  for (int32 row = first + thread_index() / 64; row < tile_keys; row += 2)
+DEVICE void clear_tail(const Shared& shared, const Turn& turn, int32 step, int32 first_key) {
+  const int32 keys = shared.work(turn.number).kv_len - first_key;
+  if (keys >= tile_keys) return;
+  named_barrier_sync<1, group_threads>();  // no product reads the keys any more
+  const int32 thread = recomputed(thread_index());
+  const int32 column = thread % 64;  // 16 bytes, of all chunks
+  const SharedAddress target = shared.stage(turn.entry(step)) + column / 8 * chunk_bytes;
+  for (int32 row = keys + thread / 64; row < tile_keys; row += 2)
     shared_store_4(target + row * row_bytes + column % 8 * 16, {0.f, 0.f, 0.f, 0.f});
 }
 
 // S → P, maxima and sums, if the tile is kept.
 DEVICE void soften(Scores& state, const AttentionParams& params, const Shared& shared,
-                   const Item& item, int32 step) {
+                   const Turn& turn, int32 step, int32 first_key) {
   auto& rows = state.rows;
-  const int32 first_key = item.first_key(step);
   if constexpr (config.sparse) {
-    rows.mask_chosen(state.s, shared, step);
+    rows.mask_chosen(state.s, shared, turn.entry(step));
   } else if (first_key + tile_keys > state.common_end) {
     rows.mask(state.s, shared, first_key);
   }
   float top[1][2];
   tile_maxima(top, state.s, state.scale);
   if constexpr (config.skip_softmax && !config.masses) {
-    rows.left_out = rows.leave_out(params, shared, item, step, top, rows.kept);
+    rows.left_out = rows.leave_out(params, shared, shared.item(turn.number), step, top, rows.kept);
     if (rows.left_out) return;
   }
   RowStatistics<1> tile;
   larger(tile.maximum, rows.kept.maximum, top);
   exponentiate<Input>(state.p, tile, state.s, state.scale);
   if constexpr (config.masses) {
-    rows.left_out = rows.leave_out(params, shared, item, step, top, tile);
+    rows.left_out = rows.leave_out(params, shared, shared.item(turn.number), step, top, tile);
     if (rows.left_out) return;
   }
   raise_maxima(rows.kept, rows.alpha, top, 1.f);
@@ -163,10 +182,10 @@ DEVICE void soften(Scores& state, const AttentionParams& params, const Shared& s
 enum class Word { add, shrink, leave_out };  // O += P V │ the same after O *= alpha │ nothing
 
 // P, and what O shrinks by, to both P V.
-DEVICE void publish(const Scores& state, const Shared& shared, int32 step) {
+DEVICE void publish(const Scores& state, const Shared& shared, int32 message) {
   const int32 lane = lane_index(), warp = warp_index();
   const float (&alpha)[2] = state.rows.alpha[0];
-  mbarrier_wait(shared.p_free, (step & 1) ^ 1);
+  mbarrier_wait(shared.p_free, (message & 1) ^ 1);
   Word word = Word::leave_out;
   if (!config.skip_softmax || !state.rows.left_out) {
     const int32 row = warp * 16 + lane % 16;
@@ -188,8 +207,16 @@ DEVICE void publish(const Scores& state, const Shared& shared, int32 step) {
 
 // Statistics of this lane's rows: to LSE and the factors of O, or to the split's part.
 DEVICE void conclude(const Scores& state, const AttentionParams& params, const Shared& shared,
-                     const DecodeWork& work, const Finish& finish) {
-  const GlobalParts parts = parts_of(params, work);
+                     const DecodeWork& work, int32 message) {
+  const GlobalParts parts = parts_of(params, shared, work);
+  const Finish finish{
+      .scale = 1.f,
+      .out_scale = params.out_scale_array ? *params.out_scale_array : params.out_scale,
+      .has_sink = params.sinks != nullptr,
+      .sink = 0.f};
+  const int32 part_row = parts.row(work.split);
+  mbarrier_wait(shared.p_free, (message & 1) ^ 1);  // every alpha has been read
+  if (thread_index() == 0) shared_store(shared.part, uint32(part_row));
 #pragma unroll
   for (int32 half = 0; half < 2; ++half) {
     const PartialRow part = state.rows.part(shared, half);
@@ -202,7 +229,7 @@ DEVICE void conclude(const Scores& state, const AttentionParams& params, const S
     shared_store(shared.alpha + row * 4, work.splits == 1 ? result.factor : 1.f);
     if (row >= work.rows) continue;
     if (work.splits > 1) {
-      parts.rows[parts.row(work.split) + row] = part;
+      parts.rows[part_row + row] = part;
       continue;
     }
     const int64 statistic = place.in(params.lse_strides, params);
@@ -211,55 +238,74 @@ DEVICE void conclude(const Scores& state, const AttentionParams& params, const S
       params.dropped_mass[statistic] = dropped_share(part, of_row);
     }
   }
+  sync_warp();
+  if (lane_index() == 0) mbarrier_arrive(shared.p_ready);
 }
 
-DEVICE void score(const AttentionParams& attention, const Shared& shared, const Item& item) {
-  Scores state{.rows{attention, shared, item.work}};
-  state.scale = (attention.scale_array ? *attention.scale_array : attention.scale) * log2_e;
-  state.common_end = item.work.visibility(attention).keys_of(0).end;
-  load_q(state, attention, shared, item.work);
-  for (int32 step = 0; step < item.count; ++step) {
-    multiply_q(state, shared, step);
-    if (step > 0) publish(state, shared, step - 1);  // while the products run
+// One item, whose Q is on its way; whether another one follows, whose Q then is.
+DEVICE bool score_item(const AttentionParams& params, const Shared& shared, Turn& turn) {
+  const DecodeWork work = shared.work(turn.number);
+  const int32 count = shared.item(turn.number).count;
+  Scores state{.rows{params, shared, work}};
+  state.scale = (params.scale_array ? *params.scale_array : params.scale) * log2_e;
+  state.common_end = work.visibility(params).keys_of(0).end;
+  take_q(state, shared, turn);
+  for (int32 step = 0; step < count; ++step) {
+    multiply_q(state, shared, turn, step);
+    const Item item = shared.item(turn.number);
+    const int32 first_key = item.first_key(step);
+    const bool is_last = step == item.foreign;  // of the keys, of which tiles count down
+    if (step > 0) publish(state, shared, turn.message(step - 1));  // while the products run
     wgmma_wait<0>();
     sync_warp();  // this warp reads the rope part no more
     if (lane_index() == 0) mbarrier_arrive(shared.rope_free);
-    if (!config.sparse && step == item.foreign) clear_tail(shared, item, step);
-    soften(state, attention, shared, item, step);
+    if (!config.sparse && is_last) clear_tail(shared, turn, step, first_key);
+    soften(state, params, shared, turn, step, first_key);
   }
-  if (item.count > 0) publish(state, shared, item.count - 1);
-  meet();  // every alpha has been read
-  const Finish finish{
-      .scale = 1.f,
-      .out_scale = attention.out_scale_array ? *attention.out_scale_array : attention.out_scale,
-      .has_sink = attention.sinks != nullptr,
-      .sink = 0.f};
-  const DecodeWork work = kept_work(shared);
-  conclude(state, attention, shared, work, finish);
+  if (count > 0) publish(state, shared, turn.message(count - 1));
+  const Turn next = turn.after(count);
+  shared.wait_known(next.number);
+  const bool follows = shared.work(next.number).exists;
+  if (follows) request_q(params, shared, next);
+  const Item item = shared.item(turn.number);
+  conclude(state, params, shared, item.work, turn.message(count));
   if constexpr (config.skip_softmax) {
-    const int32 own = Item(attention, work, false).own;
-    const DecodeWork whole = of_request<config.sparse>(attention, work);
-    if (attention.skip_counts)
-      report_block<config.mass_rule, group_threads>(attention, whole, own, state.rows.skipped);
+    const DecodeWork whole = of_request<config.sparse>(params, item.work);
+    if (params.skip_counts)
+      report_block<config.mass_rule, group_threads>(params, whole, item.own, state.rows.skipped);
   }
-  meet();
+  turn = next;
+  return follows;
+}
+
+DEVICE void score(const AttentionParams& params, const Shared& shared) {
+  Turn turn;
+  shared.wait_known(0);
+  if (!shared.work(0).exists) return;
+  request_q(params, shared, turn);
+  while (score_item(params, shared, turn)) {
+  }
 }
 
 // --- O.
 
-// Columns 256 · half … of O: this lane's rows, times what `score` left for them.
+// This warp-group's 256 columns of O: this lane's rows, times what `score` left for them;
+// `meanwhile` is done between the two.
+template <typename Meanwhile>
 DEVICE void write_half(const float (&o)[128], const AttentionParams& params, const Shared& shared,
-                       const Item& item, const GlobalParts& parts, int32 half) {
-  const DecodeWork& work = item.work;
+                       const DecodeWork& work, const Meanwhile& meanwhile) {
 #pragma unroll
   for (int32 h = 0; h < 2; ++h) {
+    if (h == 1) meanwhile();
     const int32 row = warp_index() % 4 * 16 + h * 8 + fragment_row();
     if (row >= work.rows) continue;
     const float factor = shared_load(shared.alpha + row * 4);
-    const int32 column = half * 256 + fragment_column();
+    const int32 thread = recomputed(thread_index());
+    const int32 column = (thread / group_threads - 1) * 256 + thread % 4 * 2;
     const QueryRow place = row_of(params, work, row);
     Output* out = static_cast<Output*>(params.out) + place.in(params.out_strides, params) + column;
-    float* part = parts.out + (parts.row(work.split) + row) * latent + column;
+    const int64 part_row = __builtin_bit_cast(int32, shared_load(shared.part)) + row;
+    float* part = params.partial_out + part_row * latent + column;
 #pragma unroll
     for (int32 c = 0; c < 32; ++c) {
       const float first = o[c * 4 + h * 2] * factor, second = o[c * 4 + h * 2 + 1] * factor;
@@ -283,12 +329,11 @@ DEVICE void shrink(float (&o)[128], const Shared& shared) {
 
 // O += P V; `meanwhile` is done while the products run.
 template <typename Meanwhile>
-DEVICE void add_values(float (&o)[128], const Shared& shared, int32 step, int32 half,
+DEVICE void add_values(float (&o)[128], const Shared& shared, int32 entry, int32 half,
                        const Meanwhile& meanwhile) {
-  const int32 stage = step % stages;
-  mbarrier_wait(shared.full + stage * 8, step / stages & 1);
+  shared.wait_full(entry);
   wgmma_fence();
-  const SharedAddress v = shared.kv + stage * stage_bytes + half * 4 * chunk_bytes;
+  const SharedAddress v = shared.stage(entry) + half * 4 * chunk_bytes;
 #pragma unroll
   for (int32 i = 0; i < 4; ++i)
     wgmma_shared<Input, Major::depth, Major::width>(o, depth_major(shared.p) + i * 2,
@@ -298,47 +343,17 @@ DEVICE void add_values(float (&o)[128], const Shared& shared, int32 step, int32 
   wgmma_wait<0>();
 }
 
-// `loader` brings the tiles, asked for between its threads' other work.
-template <typename Loader>
-DEVICE void weigh(const AttentionParams& params, const Shared& shared, const Item& item, int32 half,
-                  Loader loader) {
-  const int32 lane = lane_index(), warp = warp_index() % 4;
-  loader.begin();
-  float o[128];
-#pragma unroll
-  for (int32 i = 0; i < 128; ++i) o[i] = 0.f;
-  for (int32 step = 0; step < item.count; ++step) {
-    const int32 stage = step % stages;
-    mbarrier_wait(shared.p_ready, step & 1);
-    const Word word = Word(int32(shared_load(shared.words + warp * 4)));
-    if (config.skip_softmax && word == Word::leave_out) {
-      loader.beside_products(step);
-    } else {
-      if (word == Word::shrink) shrink(o, shared);
-      add_values(o, shared, step, half, [&] { loader.beside_products(step); });
-    }
-    sync_warp();
-    if (lane == 0) {
-      mbarrier_arrive(shared.p_free);
-      mbarrier_arrive(shared.empty + stage * 8);
-    }
-    loader.after_products(step);
-  }
-  meet();  // every alpha has been read
-  meet();  // factors are there
-  write_half(o, params, shared, item, parts_of(params, item.work), half);
-}
-
-// --- An item.
-
 // The last split of an item's rows to arrive merges all.
 DEVICE void merge_all(const AttentionParams& params, const Shared& shared, const DecodeWork& work) {
-  meet();  // this split's part is written
-  if (thread_index() == 0) shared_store(shared.last, arrives_last(params, work) ? 1.f : 0.f);
-  meet();
+  constexpr int32 threads = 2 * group_threads;
+  named_barrier_sync<2, threads>();  // this split's part is written
+  if (thread_index() == group_threads) {
+    shared_store(shared.last, arrives_last(params, work) ? 1.f : 0.f);
+  }
+  named_barrier_sync<2, threads>();
   if (shared_load(shared.last) == 0.f) return;
-  const GlobalParts parts = parts_of(params, work);
-  for (int32 row = warp_index(); row < work.rows; row += config.threads() / warp_size) {
+  const GlobalParts parts = parts_of(params, shared, work);
+  for (int32 row = warp_index() - 4; row < work.rows; row += threads / warp_size) {
     GlobalParts own = parts;
     own.first += row;
     own.second += row;
@@ -346,31 +361,79 @@ DEVICE void merge_all(const AttentionParams& params, const Shared& shared, const
   }
 }
 
+// One item; returns the turn of the next.  `loader` brings tiles, asked for between its threads'
+// other work; `find` finds out what comes next.
+template <typename Loader, typename Find>
+DEVICE Turn weigh_item(const AttentionParams& params, const Shared& shared, const Turn& turn,
+                       int32 half, Loader& loader, const Find& find) {
+  const int32 lane = lane_index();
+  float o[128];
+#pragma unroll
+  for (int32 i = 0; i < 128; ++i) o[i] = 0.f;
+  for (int32 step = 0;; ++step) {
+    const int32 count = shared.item(turn.number).count;
+    if (step == maximum(count - stages, 0)) find();  // before the next one's Q wants a stage
+    mbarrier_wait(shared.p_ready, turn.message(step) & 1);
+    if (step == count) break;
+    const int32 entry = turn.entry(step);
+    const int32 warp = int32(recomputed(thread_index())) / warp_size % 4;
+    const Word word = Word(int32(shared_load(shared.words + warp * 4)));
+    const auto beside = [&] { loader.beside_products(turn, step); };
+    if (config.skip_softmax && word == Word::leave_out) {
+      beside();
+    } else {
+      if (word == Word::shrink) shrink(o, shared);
+      add_values(o, shared, entry, half, beside);
+    }
+    sync_warp();
+    if (lane == 0) {
+      mbarrier_arrive(shared.p_free);
+      mbarrier_arrive(shared.empty + entry % stages * 8);
+    }
+    loader.after_products(turn, step);
+  }
+  const Item item = shared.item(turn.number);
+  const DecodeWork& work = item.work;
+  const Turn next = turn.after(item.count);
+  write_half(o, params, shared, work, [&] { loader.beside_output(next); });
+  if (work.splits > 1 && merged_by_block(params)) merge_all(params, shared, work);
+  sync_warp();
+  if (lane == 0) mbarrier_arrive(shared.p_free);  // done with the item
+  return next;
+}
+
+template <typename Loader>
+DEVICE void weigh(const AttentionParams& params, const Shared& shared, int32 half, Loader loader) {
+  const ItemFinder<config.sparse> finder{params, shared, config.skip_softmax};
+  const auto finds = [] { return warp_index() == 8; };  // the first of right
+  if (finds()) finder.begin();
+  for (Turn turn;;) {
+    shared.wait_known(turn.number);
+    if (!shared.work(turn.number).exists) return;
+    if (turn.number == 0) loader.begin(turn);
+    loader.begin_short(turn);
+    turn = weigh_item(params, shared, turn, half, loader, [&] {
+      if (!config.sparse && finds()) finder.next(turn.number + 1);
+    });
+  }
+}
+
 KERNEL void __launch_bounds__(config.threads(), 1)
     mla_decode_sm90(const __grid_constant__ MlaParams params) {
-  const DecodeWork work = Schedule(params.attention).find(block_index());
-  if (!work.exists) return;
   const Shared shared;
-  if (thread_index() == 0) {
-    shared.begin(config.sparse ? gathering_warps : 1);
-    keep_work(shared, work);
-  }
-  meet();
+  if (thread_index() == 0) shared.begin(config.sparse ? gathering_warps : 1);
+  sync_block();
   const AttentionParams& attention = params.attention;
-  const Item item(attention, work, config.skip_softmax);
   const int32 group = warp_index() / 4;
   if (group == 0) {
     registers_increase<184>();
-    score(attention, shared, item);
+    score(attention, shared);
   } else {
     registers_decrease<160>();
     if constexpr (config.sparse) {
-      weigh(attention, shared, item, group - 1, KeyGather(attention, shared, item));
+      weigh(attention, shared, group - 1, KeyGather(attention, shared));
     } else {
-      weigh(attention, shared, item, group - 1, PageLoads<config>(params, shared, item));
+      weigh(attention, shared, group - 1, PageLoads<config>(params, shared));
     }
   }
-  // Without counters of arrivals, a kernel of its own does it.
-  const DecodeWork done = kept_work(shared);
-  if (done.splits > 1 && attention.arrivals) merge_all(attention, shared, done);
 }

@@ -6,6 +6,7 @@ GPU: see `test_mla_decode.py`.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,10 +17,15 @@ from test_emulator_decode import CLOSE, ONE, On, Race, by_order
 from test_emulator_prefill import ORDERS
 
 import cuattn
-from cuattn import _device, emulator
-from cuattn._records import Device
+from cuattn import _device, _heuristics, emulator
+from cuattn._records import Device, Plan
 
 pytestmark = [pytest.mark.emulator, pytest.mark.usefixtures("short_lines")]
+
+THREE = replace(ONE, multiprocessors=3)  # requests are cut, and blocks have several items
+# Items of no tile, of one and of two; parts of requests, one of them of no tile.
+MIXED = MlaCase(lengths=ones(700, 30, 0, 1, 260, 64), q_heads=65)
+EARLY = MlaCase(lengths=((90, 150), (90, 95)), form="tokens", q_heads=2)
 
 
 def dense(device: Device = _device.EMULATOR, **fields: Any) -> Race:
@@ -46,7 +52,8 @@ RACES: dict[str, Race] = {
     "splits-float32-out": dense(lengths=ones(520), out_dtype="float32", out_scale=2.5),
     "many-items": dense(ONE, lengths=ones(30, 130, 0, 65, 200)),
     "many-items-ragged": dense(ONE, lengths=RAGGED, form="ragged"),
-    "many-splits": dense(ONE, lengths=ones(700, 30), q_heads=65),
+    "many-splits": Race(mla_call(MIXED), device=THREE),
+    "many-splits-early": Race(mla_call(EARLY), device=THREE),
     "merged-apart": dense(lengths=ones(1000), q_heads=65),
     "chosen": dense(top_k=128, lengths=ones(0, 40, 200), q_heads=128, page_size=16),
     "chosen-ragged": dense(top_k=64, lengths=RAGGED, form="ragged", q_heads=40, sinks=True),
@@ -58,6 +65,9 @@ SKIPS: dict[str, Race] = {
     "threshold": Race(mla_call(SHORT), {"threshold": 0.3}, ONE),
     "mass": Race(mla_call(SHORT), {"max_dropped_mass": 0.1, "certificate": True}),
     "mass-one-split": Race(mla_call(SHORT), {"max_dropped_mass": 0.1, "certificate": True}, ONE),
+    "many-splits": Race(
+        mla_call(replace(MIXED, data="structured", sinks=True)), {"threshold": 0.3}, THREE
+    ),
 }
 
 
@@ -90,6 +100,32 @@ def test_order_does_not_matter_to_the_bit(name: str) -> None:
     for other in results[1:]:
         assert_same_bits(other.out, results[0].out, name)
         assert_same_bits(other.lse, results[0].lse, name)
+
+
+@pytest.mark.parametrize("options", [{}, SKIPS["threshold"].skip, SKIPS["mass"].skip], ids=str)
+def test_who_takes_an_item_is_not_seen(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One block takes all items, or two share them, or each has a block of its own."""
+    call = SKIPS["many-splits"].call
+    results, seen = [], []
+    for blocks in (1, 2, 1 << 20):
+
+        def plan(blocks: int = blocks, **given: Any) -> Plan:
+            return Plan(**{**given, "grid": (min(blocks, given["items"]), 1, 1)})
+
+        monkeypatch.setattr(_heuristics, "Plan", plan)
+        _heuristics.mla_decode.cache_clear()
+        skip = cuattn.SkipSoftmax(**options, stats=cuattn.SkipStats()) if options else None
+        with emulator.enabled(race=True, schedule=5, device=THREE):
+            results.append(On(THREE).run(call, skip_softmax=skip))
+        seen.append(skip and (skip.stats.visited, skip.stats.skipped))
+    assert seen[1:] == seen[:-1] and (not options or 0 < seen[0][1] < seen[0][0])
+    for other in results[1:]:
+        assert_same_bits(other.out, results[0].out, call.case)
+        assert_same_bits(other.lse, results[0].lse, call.case)
+        if options.get("certificate"):
+            assert_same_bits(other.dropped_mass, results[0].dropped_mass, call.case)
 
 
 def test_races_need_no_kernels_of_their_own() -> None:

@@ -40,6 +40,19 @@ SURVIVORS = {
     ): "it orders what blocks write to global memory, "
     "and the emulator's blocks run one after the other",
     ("mla_decode_sm80.cu", "sync_block", 5): "the same",
+    ("mla_decode_sm90.cu", "named_barrier_sync<2, threads>", 0): "the same",
+    ("mla_decode_sm90.cu", "sync_warp", 3): "in the emulator, and of a warp on a GPU, products end "
+    "for all threads at once",
+    **{
+        ("attention/mla_pages.cuh", "sync_warp", i): "lanes that do not load wait for those that "
+        "do at the next product, if not here"
+        for i in range(4)
+    },
+    (
+        "attention/mla_finder.cuh",
+        "sync_warp",
+        0,
+    ): "lanes are together once more before any of them reads the schedule",
     (
         "attention/prefill_loader.cuh",
         "sync_warp",
@@ -58,7 +71,7 @@ WITHOUT = {"append_kv.cu", "merge_splits.cu", "merge_states.cu", "validate.cu"}
 SLOW = {
     *("fmha_sm90.cu", "attention/prefill_loader.cuh", "attention/prefill_shared.cuh"),
     *("mla_decode_sm90.cu", "attention/mla_item.cuh", "attention/mla_rows.cuh"),
-    *("attention/mla_gather.cuh", "attention/mla_pages.cuh"),
+    *("attention/mla_gather.cuh", "attention/mla_pages.cuh", "attention/mla_finder.cuh"),
     "mla_decode_sm80.cu",
 }
 

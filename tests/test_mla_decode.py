@@ -134,7 +134,7 @@ def test_who_merges_splits_is_not_seen(
         _heuristics.mla_decode.cache_clear()
         _call._prepared.clear()
         plan = _heuristics.mla_decode(problem_of_mla(call), hopper.current())
-        assert len(plan.steps) == kernels and bool(plan.partials[2]) == (kernels == 1)
+        assert len(plan.steps) == kernels and any(plan.partials[:2])
         asked = {"skip_softmax": cuattn.SkipSoftmax(**skip)} if skip else {}
         results.append(hopper.run(call, **asked))
     _heuristics.mla_decode.cache_clear()

@@ -92,6 +92,8 @@ struct DecodeSchedule {
       : params(params),
         load(params.splitting && !params.splits.alone ? total_load<block_rows, Request>(params)
                                                       : 0) {}
+  // The same with a load that is known.
+  DEVICE DecodeSchedule(const AttentionParams& params, int64 load) : params(params), load(load) {}
 
   // With split 0; where requests have unequal lengths, some do not exist.
   DEVICE int32 first_items() const { return params.q_blocks * params.kv_heads; }
@@ -115,6 +117,18 @@ struct DecodeSchedule {
     for (int32 other = lane_index(); other < request; other += warp_size)
       items += more_items(other);
     return redux_add(items);
+  }
+
+  // How many items with split 0 exist, and how many in all.
+  DEVICE int32 existing_first_items() const {
+    if (!Request::uneven(params)) return first_items();
+    int32 items = 0;
+    for (int32 request = lane_index(); request < Request::count(params); request += warp_size)
+      items += row_blocks(Request(params, request)) * params.kv_heads;
+    return redux_add(items);
+  }
+  DEVICE int32 existing_items(int32 existing_first) const {
+    return existing_first + (params.splitting ? more_items_before(Request::count(params)) : 0);
   }
 
   DEVICE DecodeWork find(int32 item) const {

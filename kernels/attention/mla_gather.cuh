@@ -22,28 +22,31 @@
 
 constexpr int32 gathering_warps = 8;
 
+// A block takes one item: tokens of no request, of which there may be many, are then blocks that
+// leave at once.
 struct KeyGather {
   static constexpr int32 passes = tile_keys / gathering_warps / 4;  // rows of a thread
 
   const AttentionParams& params;
   const Shared& shared;
-  const Item& item;
   int32 positions[passes];  // in the cache, of this thread's rows of one tile; −1: none
 
-  DEVICE KeyGather(const AttentionParams& params, const Shared& shared, const Item& item)
-      : params(params), shared(shared), item(item) {}
+  DEVICE KeyGather(const AttentionParams& params, const Shared& shared)
+      : params(params), shared(shared) {}
 
   // Of the thread: worked out where they are wanted, for O leaves no registers to keep them in.
   static DEVICE int32 thread() { return recomputed(thread_index()) % (gathering_warps * 32); }
   static DEVICE int32 warp() { return thread() / 32; }
   static DEVICE int32 row(int32 pass) { return warp() * 8 + pass * 4 + thread() % 32 / 8; }
 
-  DEVICE void look_up(int32 step) {
+  DEVICE void look_up(const Turn& turn, int32 step) {
+    const Item item = shared.item(turn.number);
     if (step >= item.count) return;
     const int32* list = params.block_tables + item.work.request * params.block_table_stride;
+    const int32 first_key = item.first_key(step);
 #pragma unroll
     for (int32 pass = 0; pass < passes; ++pass) {
-      const int32 key = item.first_key(step) + row(pass);
+      const int32 key = first_key + row(pass);
       const int32 found = key < item.work.kv_len ? list[key] : -1;
       positions[pass] = uint32(found >> params.page_shift) < uint32(params.pages) ? found : -1;
     }
@@ -65,15 +68,16 @@ struct KeyGather {
         cp_async_16(tile.at(chunk, row(pass), column), source + chunk * row_bytes, position >= 0);
     }
   }
-  DEVICE void request_latent(int32 step) const {
-    const int32 stage = step % stages;
+  DEVICE void request_latent(int32 entry) const {
+    shared.wait_empty(entry);
     uint32 bits = 0;
 #pragma unroll
     for (int32 pass = 0; pass < passes; ++pass)
       bits |= uint32(positions[pass] >= 0) << pass * 4 + thread() % 32 / 8;
     bits = redux_or(bits);
-    if (thread() % 32 == 0) shared_store(shared.chosen + stage * chosen_bytes + warp() * 4, bits);
-    request<0, latent_chunks>(shared.kv + stage * stage_bytes);
+    const SharedAddress words = shared.chosen + entry % stages * chosen_bytes;
+    if (thread() % 32 == 0) shared_store(words + warp() * 4, bits);
+    request<0, latent_chunks>(shared.stage(entry));
   }
   DEVICE void request_rope() const { request<latent_chunks, 1>(shared.rope); }
 
@@ -86,49 +90,48 @@ struct KeyGather {
     if (thread() % 32 == 0) mbarrier_arrive(full);
   }
 
-  DEVICE void begin() {
-    for (int32 step = 1; step < minimum(stages, item.count); ++step) {
-      look_up(step);
-      request_latent(step);
+  DEVICE SharedAddress full(int32 entry) const { return shared.full + entry % stages * 8; }
+
+  DEVICE void begin(const Turn& turn) {
+    const int32 count = shared.item(turn.number).count;
+    if (thread() % 32 == 0) mbarrier_arrive(full(turn.entry(-1)));  // a stage for Q
+    for (int32 step = 0; step < minimum(stages, count); ++step) {
+      look_up(turn, step);
+      request_latent(turn.entry(step));
+      if (step == 0) request_rope();
     }
-    look_up(0);
-    mbarrier_wait(shared.q_read, 0);  // Q has left stage 0
-    if (item.count == 0) return;
-    request_latent(0);
-    request_rope();
     cp_async_commit();
-    for (int32 step = 0; step < minimum(stages, item.count); ++step)
-      announce<0>(shared.full + step * 8);
-    announce<0>(shared.rope_full);
-    if (item.count == 1) return;
-    look_up(1);
+    for (int32 step = 0; step < minimum(stages, count); ++step) announce<0>(full(turn.entry(step)));
+    if (count > 0) announce<0>(shared.rope_full);
+    if (count < 2) return;
+    look_up(turn, 1);
     mbarrier_wait(shared.rope_free, 0);
     request_rope();
     cp_async_commit();
-    look_up(2);
+    look_up(turn, 2);
     announce<0>(shared.rope_full);
   }
+  DEVICE void begin_short(const Turn&) const {}
 
   // While P V of a tile runs: the tile two ahead.
-  DEVICE void beside_products(int32 step) {
-    const int32 next = step + 2;
-    if (next >= item.count) return;
+  DEVICE void beside_products(const Turn& turn, int32 step) {
+    const int32 next = step + 2, count = shared.item(turn.number).count;
+    if (next >= count) return;
     mbarrier_wait(shared.rope_free, next - 1 & 1);
     request_rope();
     cp_async_commit();
-    look_up(step + stages);
+    look_up(turn, step + stages);
     // Its latent part; of the first tiles, `begin` told.
-    if (next >= stages) announce<1>(shared.full + next % stages * 8);
+    if (next >= stages) announce<1>(full(turn.entry(next)));
   }
 
   // When this warp is done with a tile: the one that follows in its stage.  The rope part of the
   // tile two ahead must be told of before P of the next one is awaited, which comes after it.
-  DEVICE void after_products(int32 step) {
-    if (step + stages < item.count) {
-      mbarrier_wait(shared.empty + step % stages * 8, step / stages & 1);
-      request_latent(step + stages);
-    }
+  DEVICE void after_products(const Turn& turn, int32 step) {
+    const int32 count = shared.item(turn.number).count;
+    if (step + stages < count) request_latent(turn.entry(step + stages));
     cp_async_commit();
-    if (step + 2 < item.count) announce<1>(shared.rope_full);
+    if (step + 2 < count) announce<1>(shared.rope_full);
   }
+  DEVICE void beside_output(const Turn&) const {}
 };

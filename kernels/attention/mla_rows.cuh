@@ -110,8 +110,8 @@ struct MlaRows {
   }
 
   // The same of chosen keys that are none.
-  static DEVICE void mask_chosen(float (&s)[tile_keys / 2], const Shared& shared, int32 step) {
-    const SharedAddress chosen = shared.chosen + step % stages * chosen_bytes;
+  static DEVICE void mask_chosen(float (&s)[tile_keys / 2], const Shared& shared, int32 entry) {
+    const SharedAddress chosen = shared.chosen + entry % stages * chosen_bytes;
 #pragma unroll
     for (int32 four = 0; four < 2; ++four) {
       float words[4];

@@ -36,7 +36,7 @@ struct alignas(64) AttentionParams {
   float* dropped_mass;      // as lse; may be null
   float* partial_out;       // [item][row][head_dim_v], decode only
   void* partial_rows;       // PartialRow [item][row], decode only
-  uint32* arrivals;         // [q_blocks][kv_heads], zero between calls, decode only
+  uint32* arrivals;  // [q_blocks][kv_heads] and one of items, zero between calls, decode only
   Strides q_strides, k_strides, v_strides, out_strides, lse_strides;
   int64 block_table_stride;     // from request to request
   int64 threshold_strides[2];   // request, head
@@ -49,7 +49,7 @@ struct alignas(64) AttentionParams {
   SplitRule splits;           // decode only
   int32 kv_heads;             // decode only, as what follows
   int32 items;                // at most
-  int32 splitting;            // whether any request may be cut
+  int32 splitting;            // 0: no request is cut; splits are merged by 1: the last, 2: a kernel
   float scale, out_scale, soft_cap;
   float threshold;             // λ, or λ · kv_len, or the largest mass that a row may lose
   int32 threshold_per_length;  // λ = threshold / kv_len

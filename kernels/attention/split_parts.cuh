@@ -29,6 +29,9 @@ DEVICE GlobalParts parts_of(const DecodeSchedule<block_rows, Request>& schedule,
           .stride = int64(blocks) * params.kv_heads * block_rows};
 }
 
+// Whether the last split to arrive merges all, or a kernel of its own does.
+DEVICE bool merged_by_block(const AttentionParams& params) { return params.splitting == 1; }
+
 // Whether this thread's block is the last of its item's splits to arrive; one thread asks.
 DEVICE bool arrives_last(const AttentionParams& params, const DecodeWork& work) {
   const uint32 last = work.splits - 1;
