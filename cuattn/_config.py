@@ -6,6 +6,8 @@ from dataclasses import dataclass, fields
 
 STAGES = 2  # tiles of K and V in flight, fmha_sm80.cu, fmha_sm90.cu; slots of a warp, decode.cu
 GROUP_ROWS = 64  # query rows of a warp-group
+GROUP_THREADS = 128
+LOST_BYTES = 8  # of a thread, attention/certificate.cuh
 CHUNK = 64  # columns of one swizzled chunk of shared memory, tile/swizzle.cuh
 
 
@@ -41,9 +43,10 @@ class FmhaConfig(KernelConfig):
 
     @property
     def shared_memory(self) -> int:
-        """Bytes of shared memory of a block: Q, and a ring of K and V tiles."""
+        """Bytes of shared memory of a block: Q, a ring of K and V tiles, and what rows lost."""
         qk, v = _row_bytes(self.head_dim_qk), _row_bytes(self.head_dim_v)
-        return self.block_q * qk + STAGES * self.block_kv * (qk + v)
+        lost = self.threads * LOST_BYTES if self.certificate else 0
+        return self.block_q * qk + STAGES * self.block_kv * (qk + v) + lost
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +80,8 @@ class FmhaHopperConfig(KernelConfig):
         """Bytes of a block: Q, rings of K and V tiles, items, votes and barriers."""
         qk, v = _row_bytes(self.head_dim_qk), _row_bytes(self.head_dim_v)
         rest = 2 * 32 + self.consumers * 2 * 16 + (4 * STAGES + 3) * 8
+        if self.certificate:
+            rest += self.consumers * GROUP_THREADS * LOST_BYTES
         return self.block_q * qk + STAGES * self.block_kv * (qk + v) + rest
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 
@@ -65,12 +66,7 @@ def portable_prefill(problem: Problem, device: Device) -> Plan:
     )
     config = replace(
         config,
-        element=problem.q.dtype,
-        output=problem.out_dtype,
-        paged=problem.form == "paged",
-        soft_cap=problem.soft_cap > 0,
-        skip_softmax=problem.skip is not None,
-        certificate=problem.skip is not None and problem.skip.certificate,
+        **_prefill_options(problem),
     )
     q_blocks, blocks = _row_blocks(problem, config.block_q)
     geometry = Geometry(
@@ -86,6 +82,18 @@ def portable_prefill(problem: Problem, device: Device) -> Plan:
         geometry=geometry,
         reason=reason + _packing(problem, geometry),
     )
+
+
+def _prefill_options(problem: Problem) -> dict[str, Any]:
+    """Return the fields of a prefill kernel's configuration that do not depend on its tiles."""
+    return {
+        "element": problem.q.dtype,
+        "output": problem.out_dtype,
+        "paged": problem.form == "paged",
+        "soft_cap": problem.soft_cap > 0,
+        "skip_softmax": problem.skip is not None,
+        "certificate": problem.skip is not None and problem.skip.certificate,
+    }
 
 
 def round_up(head_dim: int) -> int:
@@ -165,12 +173,7 @@ def hopper_prefill(problem: Problem, device: Device) -> Plan:
     full = not problem.causal and problem.window_left < 0
     config = replace(
         _hopper.tile(problem.head_dim_qk, problem.head_dim_v, device.shared_memory, full and long),
-        element=problem.q.dtype,
-        output=problem.out_dtype,
-        paged=problem.form == "paged",
-        soft_cap=problem.soft_cap > 0,
-        skip_softmax=problem.skip is not None,
-        certificate=problem.skip is not None and problem.skip.certificate,
+        **_prefill_options(problem),
     )
     q_blocks, items = _row_blocks(problem, config.block_q)
     where = "registers" if config.q_in_registers else "shared memory"

@@ -51,9 +51,13 @@ FLOATS = ("scale", "out_scale", "soft_cap", "threshold")
 FLAGS = ("threshold_per_length", "unsafe")
 
 POINTER_BYTES = struct.Struct(f"={len(POINTERS)}Q")
+STRIDES_AT = -(-POINTER_BYTES.size // 16) * 16  # loads of 16 bytes take two of them at a time
 _FIELDS = f"={3 * len(STRIDES)}q3q{len(INTEGERS)}if2i{len(MORE)}i{len(FLOATS)}f{len(FLAGS)}i"
 _ALIGNMENT = 64  # of the whole, and of what follows
-_REST = struct.Struct(f"{_FIELDS}{-(POINTER_BYTES.size + struct.calcsize(_FIELDS)) % _ALIGNMENT}x")
+_REST = struct.Struct(
+    f"={STRIDES_AT - POINTER_BYTES.size}x{_FIELDS[1:]}"
+    f"{-(STRIDES_AT + struct.calcsize(_FIELDS)) % _ALIGNMENT}x"
+)
 SIZE = POINTER_BYTES.size + _REST.size
 
 _NO_SPLITS = SplitRule(0.0, 0, False)

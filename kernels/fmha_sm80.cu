@@ -45,12 +45,15 @@ struct Shared {
   QTile q;
   TileRing<KTile, stages> k;
   TileRing<VTile, stages> v;
+  LostWeight<row_tiles> lost;
 
   DEVICE Shared() {
     SharedCarver carver;
     q.start = carver.take(q.bytes, "q");
     k.start = carver.take(k.bytes, "k");
     v.start = carver.take(v.bytes, "v");
+    if constexpr (config.certificate)
+      lost.start = carver.take(config.threads() * lost_weight_bytes, "lost", 8);
   }
 };
 
@@ -59,7 +62,6 @@ struct WarpState {
   float output[row_tiles][value_tiles][4];  // O, not yet divided by the row sums
   RowStatistics<row_tiles> rows;
   SkipRule<row_tiles> skip;
-  LostWeight<row_tiles> lost;
   float squash_factor;  // with a cap, scores are tanh(Q Kᵀ · squash_factor)
   float scale;          // from scores to log2 units
 };
@@ -100,7 +102,7 @@ DEVICE void compute_tile(WarpState& state, const Shared& shared, const BlockVisi
       if constexpr (config.certificate) {
         // NOTE: `warp_row` again: to keep it up to here takes a register too many at d 128.
         const int32 first_row = recomputed(warp_index()) * config.rows_per_warp;
-        state.lost.add(tile_maxima, visibility, first_row, keys, state.scale);
+        shared.lost.add(tile_maxima, visibility, first_row, keys, state.scale);
       }
       return;
     }
@@ -116,13 +118,13 @@ DEVICE void compute_tile(WarpState& state, const Shared& shared, const BlockVisi
 }
 
 // Write this warp's rows, and its counts.
-DEVICE void finish(const AttentionParams& params, const WarpState& state) {
+DEVICE void finish(const AttentionParams& params, const Shared& shared, const WarpState& state) {
   // NOTE: looked up again: to keep it through the loop of tiles would cost registers there.
   const Work work = find_work<config.block_q>(params, recomputed(block_index()));
   const int32 first_row = warp_index() * config.rows_per_warp;
   const auto rows = PrefillRows::of_unit<config.block_q>(params, work);
   write_rows<Output>(rows, state.output, state.rows, state.scale, first_row);
-  if constexpr (config.certificate) state.lost.write(rows, state.rows, state.scale, first_row);
+  if constexpr (config.certificate) shared.lost.write(rows, state.rows, state.scale, first_row);
   if constexpr (config.skip_softmax) {
     if (!params.skip_counts) return;
     const BlockVisibility visibility = work.unit_visibility<config.block_q>(params);
@@ -165,6 +167,7 @@ KERNEL void __launch_bounds__(config.threads())
   };
 
   WarpState state = begin(params, work);
+  if constexpr (config.certificate) shared.lost.begin();
   if (order.count > 0) {
     request_tile<config.threads()>(shared.q, q_source, 0, {0, visibility.rows}, params.head_dim_qk);
     request_keys(0);
@@ -184,5 +187,5 @@ KERNEL void __launch_bounds__(config.threads())
       compute_tile(state, shared, visibility, step, warp_row, tile);
     }
   }
-  finish(params, state);
+  finish(params, shared, state);
 }

@@ -62,7 +62,6 @@ struct State {
   // Maxima over all tiles that were not left out.
   float heaviest[1][2] = {{-infinity(), -infinity()}};
   LaneSkipRule skip;
-  LostWeight<1> lost;
   float squash_factor;  // with a cap, scores are tanh(Q Kᵀ · squash_factor)
   float scale;          // from scores to log2 units
 };
@@ -356,7 +355,7 @@ DEVICE bool attend_or_skip(State& state, const Shared& shared, const Place& plac
       float tile_maxima[1][2];
       quad_maxima(tile_maxima, found);
       const Range keys{first_key, first_key + config.block_kv};
-      state.lost.add(tile_maxima, place.visibility, place.warp_row, keys, state.scale);
+      shared.lost.add(tile_maxima, place.visibility, place.warp_row, keys, state.scale);
     }
     return false;
   }
@@ -388,15 +387,16 @@ DEVICE void attend(State& state, const Shared& shared, const Place& place, const
   release(shared.v_empty + shared.stage(last));
 }
 
-DEVICE void finish(State& state, const AttentionParams& params, const Work& work,
-                   const Place& place) {
+DEVICE void finish(State& state, const AttentionParams& params, const Shared& shared,
+                   const Work& work, const Place& place) {
   const auto rows = PrefillRows::of_unit<group_rows>(params, work, place.group);
   if constexpr (sizeof(Output) == 2) {
     write_wide_rows<Output>(rows, tiles_of(state.output), state.rows, state.scale, place.warp_row);
   } else {
     write_rows<Output>(rows, tiles_of(state.output), state.rows, state.scale, place.warp_row);
   }
-  if constexpr (config.certificate) state.lost.write(rows, state.rows, state.scale, place.warp_row);
+  if constexpr (config.certificate)
+    shared.lost.write(rows, state.rows, state.scale, place.warp_row);
   if constexpr (config.skip_softmax) {
     if (!params.skip_counts || warp_index() % group_warps != 0) return;
     const Range keys = place.visibility.keys_of_rows(0, group_rows);
@@ -415,6 +415,7 @@ DEVICE void compute(const AttentionParams& params, const Shared& shared, int32 g
     const Place place(params, work, group);
     State state = begin(params, work, place);
     ignore_missing_rows(state, place);
+    if constexpr (config.certificate) shared.lost.begin();
     load_q(state, shared, group);
     const TileOrder order(work.keys<group_rows>(params, config.consumers), config.block_kv);
     if (order.count > 0 && place.has_rows()) {
@@ -423,7 +424,7 @@ DEVICE void compute(const AttentionParams& params, const Shared& shared, int32 g
       if constexpr (!config.q_in_registers) release_item(shared);
       pass_over(shared, first_tile, order.count);
     }
-    if (place.has_rows()) finish(state, params, shared.work(turn), place);
+    if (place.has_rows()) finish(state, params, shared, shared.work(turn), place);
     first_tile += order.count;
   }
 }

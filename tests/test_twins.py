@@ -70,6 +70,8 @@ def offsets() -> dict[str, tuple[int, str]]:
     ]
     places, offset = {}, 0
     for name, code in codes:
+        if name == _params.STRIDES[0]:
+            offset = _params.STRIDES_AT
         places[name] = (offset, code)
         offset += widths[code]
     assert -(-offset // _tensor_map.ALIGNMENT) * _tensor_map.ALIGNMENT == _params.SIZE

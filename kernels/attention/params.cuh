@@ -37,7 +37,8 @@ struct alignas(64) AttentionParams {
   float* partial_out;       // [item][row][head_dim_v], decode only
   void* partial_rows;       // PartialRow [item][row], decode only
   uint32* arrivals;  // [q_blocks][kv_heads] and one of items, zero between calls, decode only
-  Strides q_strides, k_strides, v_strides, out_strides, lse_strides;
+  alignas(16) Strides q_strides;
+  Strides k_strides, v_strides, out_strides, lse_strides;
   int64 block_table_stride;     // from request to request
   int64 threshold_strides[2];   // request, head
   int32 batch, q_heads, group;  // group: q heads to a kv head

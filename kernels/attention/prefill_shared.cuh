@@ -1,6 +1,7 @@
 // What the warp-groups of fmha_sm90.cu share: tiles, barriers, and what an item is.
 #pragma once
 
+#include <attention/certificate.cuh>
 #include <attention/config.cuh>
 #include <attention/schedule.cuh>
 #include <core/device.cuh>
@@ -24,6 +25,7 @@ struct PrefillShared {
   SharedAddress votes;                             // [warp-group][tile % 2][warp]
   SharedAddress k_full, k_empty, v_full, v_empty;  // [stage]
   SharedAddress q_full, q_empty, v_landed;
+  LostWeight<1> lost{.first_thread = group_threads};  // of threads that compute
 
   DEVICE PrefillShared() {
     SharedCarver carver;
@@ -39,6 +41,8 @@ struct PrefillShared {
     q_full = v_empty + stages * 8;
     q_empty = q_full + 8;
     v_landed = q_empty + 8;
+    if constexpr (config.certificate)
+      lost.start = carver.take(config.consumers * group_threads * lost_weight_bytes, "lost", 8);
   }
 
   DEVICE void begin() const {
