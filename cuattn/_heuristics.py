@@ -64,14 +64,10 @@ def portable_prefill(problem: Problem, device: Device) -> Plan:
     config, reason = portable_tile(
         head_dim_qk, head_dim_v, problem.soft_cap > 0, device.arch, device.shared_memory
     )
-    config = replace(
-        config,
-        **_prefill_options(problem),
-    )
-    q_blocks, blocks = _row_blocks(problem, config.block_q)
-    geometry = Geometry(
-        config.block_q, config.block_kv, config.rows_per_warp, pack_rows=config.block_q
-    )
+    config = replace(config, **_prefill_options(problem))
+    rows = config.block_q
+    q_blocks, blocks = _row_blocks(problem, rows)
+    geometry = Geometry(rows, config.block_kv, config.rows_per_warp, pack_rows=rows)
     return Plan(
         kernel="fmha_sm80",
         config=config,
@@ -344,12 +340,9 @@ def mla_decode(problem: Problem, device: Device) -> Plan:
     config: MlaConfig | MlaPortableConfig
     if device.arch == "sm_90a" and dims == (512, 64) and _suits_hopper(problem):
         kernel, rows, keys, votes = MLA_HOPPER, MLA_ROWS, MLA_ROWS, 1
+        page = MLA_ROWS if problem.sparse else problem.page_size  # of lists, any will do
         config = MlaConfig(
-            problem.q.dtype,
-            problem.out_dtype,
-            MLA_ROWS if problem.sparse else problem.page_size,  # of lists, any will do
-            problem.sparse,
-            **_skipping(problem.skip),
+            problem.q.dtype, problem.out_dtype, page, problem.sparse, **_skipping(problem.skip)
         )
     else:
         tile = mla_tile(*dims, _mla_rows(problem), device.shared_memory)
@@ -371,10 +364,8 @@ def mla_decode(problem: Problem, device: Device) -> Plan:
     places = device.multiprocessors  # one block fills the shared memory
     rule, most, items = _splits(problem, row_blocks, places, SMALLEST_MLA_SPLIT)
     merge = _mla_merge(problem, rows, row_blocks, places, most)
-    out, statistics, arrivals = (
-        _partials(problem, rows, row_blocks, items) if most > 1 else (0, 0, 0)
-    )
-    arrivals = arrivals if merge is None else 0
+    partials = _partials(problem, rows, row_blocks, items) if most > 1 else (0, 0, 0)
+    arrivals = partials[2] if merge is None else 0
     blocks = min(items, LINE * places)
     if kernel == MLA_HOPPER:
         # Blocks that stay ask for the next item, with one counter more.
@@ -392,7 +383,7 @@ def mla_decode(problem: Problem, device: Device) -> Plan:
         f"at most {most} splits, merged by "
         f"{'their last block' if merge is None else 'a kernel of its own'}",
         items=items,
-        partials=(out, statistics, arrivals),
+        partials=(*partials[:2], arrivals),
         merge=merge,
     )
 
