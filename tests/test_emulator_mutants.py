@@ -103,7 +103,8 @@ CALLS: dict[str, tuple[Race, ...]] = {
     ),
     "mla_decode_sm90.cu": (
         Race(mla_call(SHORT), MASS),
-        Race(mla_call(MlaCase(top_k=640, lengths=((2, 700),), form="tokens", q_heads=65))),
+        Race(mla_call(SHORT), {"threshold": 0.3}),
+        Race(mla_call(MlaCase(top_k=512, lengths=ones(500), q_heads=64)), {}, SMALL),
         Race(mla_call(MlaCase(lengths=ones(30, 130, 0, 65, 200), page_size=16)), {}, SMALL),
     ),
     "mla_decode_sm80.cu": (

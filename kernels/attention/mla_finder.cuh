@@ -49,7 +49,7 @@ struct ItemFinder {
       kept_numbers(x, shared.schedule);
       const int32 first = x[2], items = x[3];
       int32 asked = 0;
-      if (lane_index() == 0) asked = atomic_count(counter(), items - 1);
+      if (lane_index() == 0) asked = atomic_take(counter(), items - 1);
       const int32 item = grid_size() + shuffle(asked, 0);
       if (item < items) work = find(kept_schedule<sparse>(params, shared), item, first);
     }

@@ -47,7 +47,7 @@ struct PrefillLoader {
   // many questions as items: the counter is then at zero again.
   DEVICE int32 next_item() const {
     int32 count = 0;
-    if (lane_index() == 0) count = atomic_count(params.arrivals, params.items - 1);
+    if (lane_index() == 0) count = atomic_take(params.arrivals, params.items - 1);
     return grid_size() + shuffle(count, 0);
   }
 

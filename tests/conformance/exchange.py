@@ -52,18 +52,40 @@ KERNEL void conformance(const __grid_constant__ Params params) {
 }
 """
 
+TAKEN = """
+#include <ptx/atomic.cuh>
+#include <ptx/sync.cuh>
+
+struct Params {
+  uint32* counters;  // [4]
+  uint32* before;    // [64 threads]: the count that the thread found, of counter thread % 4
+};
+
+KERNEL void conformance(const __grid_constant__ Params params) {
+  const int32 thread = thread_index();
+  for (int32 turn = 0; turn < 64; ++turn) {  // one after the other, so that the order is known
+    if (turn == thread) params.before[thread] = atomic_take(params.counters + thread % 4, 6);
+    sync_block();
+  }
+}
+"""
+
+
+def _taken(_given: Mapping[str, Array]) -> dict[str, Array]:
+    return {
+        "counters": np.full(4, 16 % 7, np.uint32),
+        "before": (np.arange(64) // 4 % 7).astype(np.uint32),
+    }
+
 
 def _exchanged(given: Mapping[str, Array]) -> dict[str, Array]:
     numbers = given["numbers"].reshape(64, 4)
     rounds = (numbers, numbers[:, [2, 3, 0, 1]], numbers[:, ::-1])
     fours = np.stack([x[::-1] for x in rounds]).astype(np.float32)
-    before = np.arange(64) // 4 % 7
-    counters = np.full(4, 16 % 7)
     return {
         "single": np.ascontiguousarray(fours[:, :, 0]),
         "fours": np.ascontiguousarray(fours),
-        "counters": counters.astype(np.uint32),
-        "before": before.astype(np.uint32),
+        **_taken(given),
     }
 
 
@@ -82,5 +104,15 @@ CASES = (
         },
         threads=64,
         expected=_exchanged,
+    ),
+    Case(
+        "exchange",
+        "numbers-shared-out",
+        "atomic_take",
+        TAKEN,
+        {},
+        {"counters": np.zeros(4, np.uint32), "before": np.zeros(64, np.uint32)},
+        threads=64,
+        expected=_taken,
     ),
 )

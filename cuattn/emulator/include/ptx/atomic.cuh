@@ -8,3 +8,6 @@
 DEVICE uint32 atomic_count(uint32* counter, uint32 last) {
   return emulator::atomic_count(counter, last);
 }
+DEVICE uint32 atomic_take(uint32* counter, uint32 last) {
+  return emulator::atomic_count(counter, last);
+}
