@@ -184,7 +184,7 @@ DEVICE void read_seeds(WarpState& state, const Item& item) {
       for (int32 warp = 0; warp < config.warps; ++warp)
         maximum = fmaxf(maximum, shared_load(first + warp * config.rows * 8));
       if constexpr (config.mass_rule) {
-#pragma unroll
+#pragma unroll 1  // or ptxas spills at d 256
         for (int32 warp = 0; warp < config.warps; ++warp) {
           const float shift = shared_load(first + warp * config.rows * 8);
           const float part = shared_load(first + warp * config.rows * 8 + 4);

@@ -70,10 +70,8 @@ DEVICE WarpState begin(const AttentionParams& params, const Work& work) {
   const float given = params.scale_array ? *params.scale_array : params.scale;
   const float scale = (config.soft_cap ? params.soft_cap : given) * log2_e;
   const int32 first_row = warp_index() * config.rows_per_warp;
-  const int32 rows = work.unit_visibility<config.block_q>(params).rows;
   const auto threshold_of = [&](int32 row) {
     const int32 head = work.head + (first_row + row) % work.pack;
-    if (first_row + row >= rows) return infinity();  // which never objects
     return row_threshold(params, work.request, head, work.kv_len, scale);
   };
   WarpState state{.skip = SkipRule<row_tiles>(threshold_of), .scale = scale};

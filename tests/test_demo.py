@@ -58,6 +58,7 @@ class SkipSoftmax:
     unsafe: bool = False
     stats: Any = None
     threshold_scale_factor: None = None
+    seeds: None = None
 
 
 class SkipStats:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+import cuattn
 from cuattn import reference
 from cuattn._records import Geometry
 from cuattn._workloads import (
@@ -224,7 +225,7 @@ def test_error_beyond_the_bound_of_what_was_left_out(small: Inputs) -> None:
     """‖y − ŷ‖ ≤ 2 δ max‖v‖ holds for skipping and for nothing else."""
     exact: ExactRows = exact_rows(small, True)
     geometry = replace(PORTABLE, block_kv=16)
-    skip = SimpleNamespace(threshold=0.3, threshold_scale_factor=None, unsafe=False)
+    skip = cuattn.SkipSoftmax(threshold=0.3)
     skipped = reference.prefill(*small, causal=True, skip_softmax=skip, geometry=geometry)
     dense = reference.prefill(*small, causal=True)
     dropped = dropped_mass(skipped.lse, dense.lse, xp=np)

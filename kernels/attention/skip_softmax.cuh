@@ -55,7 +55,8 @@ struct SkipRule {
   static DEVICE int32 own_row() { return lane_index() % rows; }
 
   // Whether this lane's own row agrees to leave the tile out.  If it sees no key of it (−∞) it does
-  // not object unless λ is 0; −∞ − −∞ is not a number, which is not ≥ anything.
+  // not object unless λ is 0; −∞ − −∞ is not a number, which is not ≥ anything: rows that do not
+  // exist never object.
   DEVICE bool willing(const float (&tile_maxima)[row_tiles][2],
                       const float (&running_maxima)[row_tiles][2]) const {
     float distance = 0.f;
