@@ -136,8 +136,8 @@ def portable_tile(
         # 32 rows a warp halve the traffic of K and V from shared memory to the tensor cores.
         reason = "32 rows a warp"
         sizes: tuple[int, ...] = (64, 32)
-        if max(head_dim_qk, head_dim_v) <= 64 and shared_memory >= SHARED_MEMORY["sm_90a"]:
-            sizes = (128, 64, 32)
+        if max(head_dim_qk, head_dim_v) <= 64 and arch == "sm_90a":
+            sizes = (128, 64, 32)  # for sm_100, ptxas spills
         if arch != "sm_90a" and (head_dim_qk > 128 or head_dim_v > 96):
             sizes = (32,)  # with more keys, ptxas spills for some of these targets
         elif head_dim_qk > 128:
