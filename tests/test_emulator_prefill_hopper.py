@@ -46,6 +46,7 @@ RACES: dict[str, Race] = {
     ),
     "many-items": race(batched, replace(LARGE, lengths=((300, 300),) * 2, causal=False), ONE),
     "three-consumers": race(ragged, MIXED, ONE),
+    "packed-group-3": race(ragged, replace(MIXED, q_heads=6, kv_heads=2), ONE),
     "soft-cap-fp16": race(batched, replace(SMALL, dtype="float16", soft_cap=20.0)),
     "float32-out": race(
         batched,
