@@ -73,3 +73,14 @@ def check_against_replay(
     assert stats.rate == pytest.approx(expected.skipped.sum() / expected.visited.sum())
     device.compare(call, outcome, geometry=geometry, skip_softmax=skip)
     return expected.skipped
+
+
+def check_given_seeds(device: Any, call: Call, **more: Any) -> None:
+    """More tiles go than by the request's own keys; a row with −∞ knows nothing more."""
+    geometry, seeds = device.geometry(call), seeds_above(call)
+    known = numpy_skip(threshold=0.5, seeds=seeds)
+    votes = call.reference(geometry=geometry, skip_softmax=known).statistics
+    level = threshold_for(votes.max(axis=1), 0.5)
+    alone = call.reference(geometry=geometry, skip_softmax=numpy_skip(threshold=level))
+    skipped = check_against_replay(device, call, threshold=level, seeds=seeds, **more)
+    assert skipped.sum() > alone.skipped.sum() + 8

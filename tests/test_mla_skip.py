@@ -19,8 +19,8 @@ from skip_checks import (
     SAFE_MARGIN,
     Array,
     check_against_replay,
+    check_given_seeds,
     counts,
-    seeds_above,
     threshold_for,
 )
 from test_decode_mass import MARGIN, assert_within, bound_near
@@ -146,16 +146,7 @@ def test_thresholds_that_skip_nothing_give_the_dense_bits(kernel: Any, case: Mla
 )
 def test_votes_begin_with_given_seeds(kernel: Any, case: MlaCase) -> None:
     """More tiles go than by the request's own keys; a row with −∞ knows nothing more."""
-    call = mla_call(case)
-    geometry = kernel.geometry(call)
-    seeds = seeds_above(call)
-    votes = call.reference(
-        geometry=geometry, skip_softmax=numpy_skip(threshold=0.5, seeds=seeds)
-    ).statistics
-    level = threshold_for(votes.max(axis=1), 0.5)
-    alone = call.reference(geometry=geometry, skip_softmax=numpy_skip(threshold=level))
-    skipped = check_against_replay(kernel, call, threshold=level, seeds=seeds)
-    assert skipped.sum() > alone.skipped.sum() + 8
+    check_given_seeds(kernel, mla_call(case))
 
 
 @pytest.mark.parametrize("kernel", [on("sm_90a")], indirect=True)
